@@ -1,0 +1,231 @@
+"""The pipeline: from a trained network and a budget to a smaller network."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from halp_fx.budget import Budget, parse_budget
+from halp_fx.errors import HalpError, InputError, NothingToPruneError
+from halp_fx.latency import Source, measure_paired, resolve_backend
+from halp_fx.passes.groups import find_groups
+from halp_fx.passes.latency import price
+from halp_fx.passes.rewrite import rewrite
+from halp_fx.passes.saliency import score
+from halp_fx.passes.select import select
+from halp_fx.passes.trace import trace
+from halp_fx.types import ChannelGroups, LatencyModel, Plan, Saliency
+
+__all__ = ["compile", "plan_of"]
+
+Progress = Callable[[str, int, int], None]
+_ROUNDS = 4  # how often a network that misses its budget is selected again
+_TOLERANCE = 0.02  # by how much a measured latency may pass the budget: repeatability of timers
+
+
+def compile(
+    model: nn.Module,
+    budget: float | str | Budget,
+    example_inputs: Any = None,
+    *,
+    data: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    latency: Any = None,
+    saliency: Callable[[ChannelGroups], Any] | str | None = None,
+    exact: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> fx.GraphModule:
+    """Prune `model` to a latency budget.
+
+    Args:
+        model: a trained network; it is left as it is.
+        budget: share of the dense latency (0.5), a time ("4ms"), or a `Budget`.
+        example_inputs: a tensor or a tuple, the model's positional arguments, at the batch size
+            that the latency is meant for. None: one image of the size the model expects.
+        data: minibatches `(inputs, target)` to score channels by (HALP's Taylor saliency). None:
+            channels are scored by their weights alone, which is the weaker score.
+        loss: `loss(output, target)`, needed with `data`.
+        latency: what a width costs. None measures this device with PyTorch, keeping the table;
+            "torch", "onnxruntime" or "analytic" name a back-end; a back-end with options, as
+            `halp_fx.latency.OnnxRuntime(threads=1)`; the path of a table; a `LatencyTable`.
+        saliency: "taylor", "magnitude", or a callable that takes the `ChannelGroups` and returns
+            group name -> scores (units,).
+        exact: pin the channels that LayerNorm and the like take statistics over. Otherwise they
+            may go, and such norms take their statistics over the survivors.
+        verify: measure the result beside the dense network, and choose again while it misses the
+            budget. Only with a back-end that measures.
+        progress: called as `progress(stage, done, total)`.
+
+    Returns:
+        The smaller network: same call signature, same keys in its `state_dict()`, same modes.
+        `plan_of` tells what was kept.
+
+    Raises:
+        InputError: an argument is wrong (`BudgetError` for the budget).
+        InfeasibleError: the budget can't be met; `.least` is the least latency in milliseconds.
+        NothingToPruneError: every channel is pinned; the message says by what.
+        HalpError: any other error of ours, see `halp_fx.errors`.
+
+    Example:
+        >>> import torch, halp_fx
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 8, 3))
+        >>> small = halp_fx.compile(net, 0.5, torch.rand(1, 3, 32, 32), latency="analytic")
+        >>> small(torch.rand(4, 3, 32, 32)).shape
+        torch.Size([4, 8, 28, 28])
+    """
+    limit = parse_budget(budget)
+    if data is not None and loss is None:
+        raise InputError("data was given without loss: pass loss=callable(output, target)")
+    tell = progress if progress is not None else _silent
+    with _same_random_state(), _named_stage(model, tell) as stage:
+        stage("trace")
+        traced = trace(model, example_inputs)
+        source = resolve_backend(latency, device=_device_of(model))
+        stage("groups")
+        groups = find_groups(traced, exact=exact)
+        if not groups.groups:
+            raise NothingToPruneError(_why_nothing(groups))
+        stage("saliency")
+        scores = score(
+            groups, data, loss, saliency, lambda done, total: tell("saliency", done, total)
+        )
+        stage("latency")
+        costs = price(
+            groups, source, progress=lambda done, total: tell("latency", done, total)
+        )
+        stage("select")
+        budget_ms = limit.in_ms(costs.dense_ms)
+        plan = select(groups, scores, costs, budget_ms)
+        stage("rewrite")
+        pruned = rewrite(_annotated(plan, scores, costs))
+        if verify and source.backend.measured and source.table is not None:
+            stage("verify")
+            pruned = _verified(pruned, limit, scores, costs, source, tell)
+    plan = plan_of(pruned)  # the network should not keep the dense one alive
+    pruned.meta["halp_fx"] = replace(plan, groups=plan.groups.without_network())
+    return pruned
+
+
+def plan_of(pruned: nn.Module) -> Plan:
+    """The plan by which a network was pruned: what was kept, and what it costs.
+
+    Raises:
+        InputError: the module is not one that `compile` or `load` returned.
+    """
+    plan = getattr(pruned, "meta", {}).get("halp_fx") if isinstance(pruned, nn.Module) else None
+    if plan is None:
+        raise InputError(
+            f"{type(pruned).__name__} has no plan: pass what halp_fx.compile or halp_fx.load gave"
+        )
+    return cast(Plan, plan)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    return None
+
+
+def _device_of(model: Any) -> str | torch.device:
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    return next((p.device for p in parameters), torch.device("cpu"))
+
+
+@contextmanager
+def _same_random_state() -> Iterator[None]:
+    """Give the global random generators back as they were, also after an error."""
+    python, numpy = random.getstate(), np.random.get_state()
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def _named_stage(model: Any, tell: Progress) -> Iterator[Callable[[str], None]]:
+    """Errors say in which stage, and for which model, they arose."""
+    current = "trace"
+
+    def enter(stage: str) -> None:
+        nonlocal current
+        current = stage
+        tell(stage, 0, 1)
+
+    try:
+        yield enter
+    except Exception as error:
+        error.add_note(f"halp_fx: in the stage {current!r} for {type(model).__name__}")
+        raise
+
+
+def _why_nothing(groups: ChannelGroups) -> str:
+    lines = [
+        f"  {pin.name} dim {pin.dim}: {len(pin.index)} channels pinned by {pin.node or 'the net'} "
+        f"({pin.reason}){' at ' + pin.source if pin.source else ''}"
+        for pin in groups.pins
+    ]
+    shown = lines[:20] + ([f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else [])
+    name = groups.traced.model_name
+    return "\n".join([f"{name} has no channel that can be removed:", *shown])
+
+
+def _annotated(plan: Plan, scores: Saliency, costs: LatencyModel, **facts: Any) -> Plan:
+    report = {
+        "model": plan.groups.traced.model_name,
+        "saliency": scores.method,
+        "data_free": scores.data_free,
+        "backend": costs.backend,
+        "device": costs.device,
+        **facts,
+    }
+    return replace(plan, report=report)
+
+
+def _verified(
+    pruned: fx.GraphModule,
+    limit: Budget,
+    scores: Saliency,
+    costs: LatencyModel,
+    source: Source,
+    tell: Progress,
+) -> fx.GraphModule:
+    """Measure dense and pruned network in turn; while the pruned one is too slow, ask for less."""
+    plan = plan_of(pruned)
+    groups, traced = plan.groups, plan.groups.traced
+    inputs = traced.example_inputs
+    target_ms = plan.budget_ms
+    asked_ms = target_ms
+    for attempt in range(1, _ROUNDS + 1):
+        dense, small = measure_paired(
+            traced.module, pruned, source.backend, inputs, inputs, rounds=9
+        )
+        tell("verify", attempt, _ROUNDS)
+        allowed_ms = limit.in_ms(dense.median_ms)
+        facts = {
+            "measured_dense_ms": dense.median_ms,
+            "measured_ms": small.median_ms,
+            "measured_spread_ms": small.spread_ms,
+            "measured_budget_ms": allowed_ms,
+            "measured_rounds": attempt,
+            "met": small.median_ms <= allowed_ms * (1 + _TOLERANCE),
+        }
+        pruned.meta["halp_fx"] = _annotated(plan, scores, costs, **facts)
+        if facts["met"] or attempt == _ROUNDS:
+            return pruned
+        asked_ms *= min(allowed_ms / small.median_ms, 0.98)
+        try:
+            plan = replace(select(groups, scores, costs, asked_ms), budget_ms=target_ms)
+        except HalpError:
+            return pruned  # nothing faster is left; the report says that the budget is missed
+        pruned = rewrite(_annotated(plan, scores, costs))
+    return pruned

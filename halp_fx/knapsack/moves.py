@@ -1,0 +1,122 @@
+"""Local moves on a solution: one and two variables at a time, judged by the true cost."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from halp_fx.knapsack.model import IntArray, Problem
+
+__all__ = ["Moves"]
+
+TRIED_PAIRS = 512  # most promising pairs of far variables whose true cost is computed
+
+
+class Moves:
+    """All changes of one level, and of pairs that share a cost table, listed once."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        sizes = np.asarray([v.size for v in problem.values])
+        self.variable = np.repeat(np.arange(sizes.size), sizes)  # (levels,) of each flat level
+        self.level = np.concatenate([np.arange(n) for n in sizes])
+        self.value = np.concatenate(problem.values)
+        near: set[tuple[int, int]] = set()
+        for scope, _ in problem.tables:
+            plain = [n for n in scope if n < sizes.size]
+            near.update((a, b) for a in plain for b in plain if a < b)
+        first, second = [], []
+        for a, b in sorted(near):
+            i = np.flatnonzero(self.variable == a)
+            j = np.flatnonzero(self.variable == b)
+            first.append(np.repeat(i, j.size))
+            second.append(np.tile(j, i.size))
+        empty = np.zeros(0, dtype=np.int64)
+        self.near = (
+            np.concatenate(first) if first else empty,
+            np.concatenate(second) if second else empty,
+        )
+
+    def _with(self, levels: IntArray, *changes: IntArray) -> IntArray:
+        """Copies of `levels`, one a row, each with the flat levels of its changes."""
+        rows = np.arange(changes[0].size)
+        out = np.repeat(levels[None], rows.size, axis=0)
+        for change in changes:
+            out[rows, self.variable[change]] = self.level[change]
+        return out
+
+    def improve(self, levels: IntArray, budget: float) -> IntArray:
+        """Levels at least as good and within the budget, that no such move improves."""
+        levels = levels.copy()
+        flat = np.arange(self.level.size)
+        while True:
+            current = self.value[self.problem.offsets[:-1] + levels]
+            cost = float(self.problem.costs(levels[None])[0])
+            gain = self.value - current[self.variable]
+            moved = self._with(levels, flat)
+            extra = self.problem.costs(moved) - cost
+            good = (gain > 0) & (extra + cost <= budget)
+            free = (gain == 0) & (extra < 0)
+            if good.any():
+                levels = moved[np.where(good, gain, -np.inf).argmax()]
+                continue
+            if free.any():
+                levels = moved[np.where(free, extra, np.inf).argmin()]
+                continue
+            better = self._improve_pair(levels, gain, extra, cost, budget)
+            if better is None:
+                return levels
+            levels = better
+
+    def _improve_pair(
+        self, levels: IntArray, gain: np.ndarray, extra: np.ndarray, cost: float, budget: float
+    ) -> IntArray | None:
+        tolerance = 1e-12 * float(np.abs(self.value[np.isfinite(self.value)]).max(initial=0.0))
+        best_gain, best = tolerance, None
+        a, b = self.near
+        total = gain[a] + gain[b]
+        keep = np.flatnonzero(total > tolerance)
+        if keep.size:
+            a, b, total = a[keep], b[keep], total[keep]
+            moved = self._with(levels, a, b)
+            fits = self.problem.costs(moved) <= budget
+            if fits.any():
+                pick = int(np.where(fits, total, -np.inf).argmax())
+                best_gain, best = float(total[pick]), moved[pick]
+        # Far pairs: their costs add up, unless a sum node joins them, so check the best ones.
+        use = np.flatnonzero(np.isfinite(gain) & np.isfinite(extra) & ((gain != 0) | (extra != 0)))
+        both = gain[use][:, None] + gain[use][None]
+        fits = (extra[use][:, None] + extra[use][None] <= budget - cost) & (both > best_gain)
+        fits &= self.variable[use][:, None] < self.variable[use][None]
+        i, j = np.nonzero(fits)
+        if i.size == 0:
+            return best
+        order = np.argsort(-both[i, j], kind="stable")[:TRIED_PAIRS]
+        i, j = i[order], j[order]
+        moved = self._with(levels, use[i], use[j])
+        real = np.flatnonzero(self.problem.costs(moved) <= budget)
+        return best if real.size == 0 else moved[real[0]]
+
+    def repair(self, levels: IntArray, budget: float) -> IntArray | None:
+        """Levels within the budget, by the cheapest steps down; None if it gets stuck."""
+        levels = levels.copy()
+        flat = np.arange(self.level.size)
+        for _ in range(4 * len(self.problem.values)):
+            cost = float(self.problem.costs(levels[None])[0])
+            if cost <= budget:
+                return levels
+            current = self.value[self.problem.offsets[:-1] + levels]
+            gain = self.value - current[self.variable]
+            moved = self._with(levels, flat)
+            costs = self.problem.costs(moved)
+            if np.isinf(cost):
+                saved = np.where(np.isfinite(costs), 1.0, 0.0)
+            else:
+                # What goes below the budget is worth nothing.
+                saved = np.minimum(cost - costs, cost - budget)
+            use = (saved > 0) & np.isfinite(gain)
+            if not use.any():
+                return None
+            with np.errstate(divide="ignore", invalid="ignore"):
+                worth = np.where(use, gain / saved, -np.inf)
+            levels = moved[int(worth.argmax())]
+        return None

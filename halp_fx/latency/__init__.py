@@ -1,0 +1,32 @@
+"""Measuring what kernels and networks take on a device, and keeping it in a table."""
+
+from __future__ import annotations
+
+from .analytic import Analytic
+from .backend import Backend, BlockTimer, Job, Timing
+from .interpolate import GridCost
+from .onnxruntime_backend import OnnxRuntime
+from .source import Source, Stored, resolve_backend
+from .table import Entry, LatencyTable, default_table_path
+from .timing import measure_jobs, measure_network, measure_paired
+from .torch_backend import Torch
+
+__all__ = [
+    "Analytic",
+    "Backend",
+    "BlockTimer",
+    "Entry",
+    "GridCost",
+    "Job",
+    "LatencyTable",
+    "OnnxRuntime",
+    "Source",
+    "Stored",
+    "Timing",
+    "Torch",
+    "default_table_path",
+    "measure_jobs",
+    "measure_network",
+    "measure_paired",
+    "resolve_backend",
+]

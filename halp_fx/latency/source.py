@@ -1,0 +1,170 @@
+"""Where costs come from: what a user may pass as `latency`, made a back-end and a table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..errors import DeviceMismatchError, HalpError, InputError, LatencyError
+from .analytic import Analytic
+from .backend import Backend
+from .device import differences, fingerprint_fields, summary
+from .onnxruntime_backend import OnnxRuntime
+from .table import LatencyTable, default_table_path
+from .torch_backend import Torch
+
+__all__ = ["Source", "Stored", "resolve_backend"]
+
+_ACCEPTED = (
+    'Accepted are None, "torch", "onnxruntime", "analytic", a back-end such as '
+    "halp_fx.latency.OnnxRuntime(threads=1), the path of an existing latency table, a "
+    "halp_fx.LatencyTable, or a halp_fx.latency.Source."
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A back-end, and the table its measurements are kept in."""
+
+    backend: Backend
+    table: LatencyTable | None  # None: costs are computed, not measured
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The back-end behind a table that was made on another device: for look-up only."""
+
+    text: str  # fingerprint of that device
+    here: str  # fingerprint of the nearest back-end on this device, or why there is none
+
+    measured: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """Name of the back-end that made the table."""
+        return str(fingerprint_fields(self.text).get("backend", "unknown"))
+
+    @property
+    def fuses(self) -> bool:
+        """Whether that back-end runs a convolution and what follows it as one."""
+        fields = fingerprint_fields(self.text)
+        known = {"torch": Torch.fuses, "onnxruntime": OnnxRuntime.fuses, "analytic": Analytic.fuses}
+        return known.get(self.name, bool(fields.get("fuses", False)))
+
+    def fingerprint(self) -> str:
+        """The fingerprint in the table."""
+        return self.text
+
+    def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:  # noqa: ARG002
+        """Never runs anything.
+
+        Raises:
+            DeviceMismatchError: always; the message lists what differs from this device.
+        """
+        raise DeviceMismatchError(
+            "the latency table was made on another device and lacks this measurement, which "
+            f"can't be made here ({'; '.join(differences(self.text, self.here))}). Complete the "
+            "table on its own device, or measure this one."
+        )
+
+
+def resolve_backend(latency: Any = None, *, device: str | torch.device = "cpu") -> Source:
+    """The back-end and the table that `latency` stands for.
+
+    Args:
+        latency: None or "torch": eager PyTorch on `device`. "onnxruntime", "analytic": those
+            with their defaults. A back-end: itself. All that measure keep their timings in the
+            table at `default_table_path()`. A path to a table, or a `LatencyTable`: the back-end
+            is rebuilt from the fingerprint stored in it. Where that is another device or another
+            setting than can be had here, the table is used for look-up only, which is meant for
+            tables carried over from the device that is aimed at: what it lacks can't be measured
+            and raises `DeviceMismatchError`. An empty table is filled by PyTorch on `device`. A
+            `Source`: itself.
+        device: the torch device to measure where `latency` names none.
+
+    Raises:
+        InputError: `latency` is none of these; the message lists what is accepted.
+        DependencyError: "onnxruntime" is asked for and not installed.
+        LatencyError: the table can't be used, or it holds several fingerprints and not exactly
+            one of them is this device.
+    """
+    if latency is None:
+        return _with_default_table(Torch(str(device)))
+    if isinstance(latency, Source):
+        return latency
+    if isinstance(latency, LatencyTable):
+        return _from_table(latency, device)
+    if isinstance(latency, (str, os.PathLike)):
+        return _from_text(os.fspath(latency), device, isinstance(latency, str))
+    if isinstance(latency, Backend) and not isinstance(latency, type):
+        return _with_default_table(latency)
+    raise InputError(f"latency is {latency!r}. {_ACCEPTED}")
+
+
+def _from_text(text: Any, device: str | torch.device, may_be_name: bool) -> Source:
+    if may_be_name and text == "torch":
+        return _with_default_table(Torch(str(device)))
+    if may_be_name and text == "onnxruntime":
+        return _with_default_table(OnnxRuntime())
+    if may_be_name and text == "analytic":
+        return Source(Analytic(), None)
+    if not isinstance(text, str) or not Path(text).is_file():
+        raise InputError(f"latency is {text!r}: no back-end and no existing file. {_ACCEPTED}")
+    return _from_table(LatencyTable.open(text), device)
+
+
+def _with_default_table(backend: Backend) -> Source:
+    if not backend.measured:
+        return Source(backend, None)
+    backend.fingerprint()  # a device or package that is missing is better told now
+    return Source(backend, LatencyTable.open(default_table_path()))
+
+
+def _from_table(table: LatencyTable, device: str | torch.device) -> Source:
+    stored = table.fingerprints()
+    if not stored:
+        return Source(Torch(str(device)), table)
+    rebuilt = [_rebuild(text) for text in stored]
+    live = [backend for backend in rebuilt if not isinstance(backend, Stored)]
+    if len(stored) == 1:
+        return Source(rebuilt[0], table)
+    if len(live) == 1:
+        return Source(live[0], table)
+    count = "none of them is" if not live else f"{len(live)} of them are"
+    listed = "\n".join(f"  - {summary(text)}" for text in stored)
+    raise LatencyError(
+        f"the latency table {table.path} holds several devices or settings, and {count} this "
+        f"one:\n{listed}\nPass halp_fx.latency.Source(backend, table) to say which."
+    )
+
+
+def _rebuild(text: str) -> Backend:
+    """The back-end with this fingerprint, or a `Stored` where it can't be had here."""
+    fields = fingerprint_fields(text)
+    try:
+        backend = _construct(fields)
+        here = "no such back-end here" if backend is None else backend.fingerprint()
+    except (HalpError, TypeError, ValueError, KeyError) as e:
+        return Stored(text, str(e))
+    return backend if backend is not None and here == text else Stored(text, here)
+
+
+def _construct(fields: dict[str, Any]) -> Backend | None:
+    kind = fields.get("backend")
+    if kind == "torch":
+        name = fields.get("dtype")
+        dtype = None if name is None else getattr(torch, str(name), None)
+        if name is not None and not isinstance(dtype, torch.dtype):
+            raise InputError(f"dtype {name!r} is not known to this torch")
+        return Torch(str(fields["device"]), fields.get("threads"), dtype)
+    if kind == "onnxruntime":
+        return OnnxRuntime(fields["threads"], fields["provider"])
+    if kind == "analytic":
+        return Analytic(**{name: value for name, value in fields.items() if name != "backend"})
+    return None

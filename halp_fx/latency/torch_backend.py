@@ -1,0 +1,165 @@
+"""Measuring with eager PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from .backend import map_tensors, require_count, require_positive, settle, wall_ms
+from .device import cpu_facts, cuda_facts, fingerprint_text
+
+__all__ = ["Torch"]
+
+
+@dataclass(frozen=True)
+class Torch:
+    """Eager PyTorch, in eval and inference mode; every operator is a kernel of its own.
+
+    On a CPU the number of threads is set while a kernel is timed and restored afterwards. On a
+    CUDA device a block of calls is timed by events on the current stream, so that the launches
+    overlap with the work as they do in a network.
+
+    Raises:
+        InputError: an option is out of range, or the device has no name torch knows.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None  # CPU threads within an operator; None: torch's setting now
+    dtype: torch.dtype | None = None  # run in this type; None: leave modules and inputs as they are
+    min_sample_ms: float = 1.0  # a sample is a block of calls of at least this long
+    samples: int = 9  # samples a kernel
+
+    name: ClassVar[str] = "torch"
+    measured: ClassVar[bool] = True
+    fuses: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as e:
+            raise InputError(f'device is {self.device!r}: pass "cpu" or "cuda"') from e
+        object.__setattr__(self, "device", str(device))
+        if self.threads is None:
+            # Fixed now: the fingerprint must not change with torch's setting later.
+            object.__setattr__(self, "threads", torch.get_num_threads())
+        require_count("threads", self.threads)
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise InputError(f"dtype is {self.dtype}: pass a floating point type, or None")
+        require_count("samples", self.samples)
+        require_positive("min_sample_ms", self.min_sample_ms)
+
+    @property
+    def _device(self) -> torch.device:
+        device = torch.device(self.device)
+        if device.type == "cuda" and device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        return device
+
+    def fingerprint(self) -> str:
+        """JSON text of device, versions and settings.
+
+        Raises:
+            InputError: the device is not there.
+        """
+        kind = torch.device(self.device).type
+        fields: dict[str, Any] = {
+            "backend": self.name,
+            "device": kind,
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "float32_matmul": torch.get_float32_matmul_precision(),
+            **cpu_facts(),
+        }
+        if kind == "cpu":
+            fields["threads"] = self.threads
+        elif kind == "cuda":
+            fields.update(cuda_facts(torch.device(self.device)))
+            fields["cudnn_benchmark"] = torch.backends.cudnn.benchmark
+            fields["convolution_float32"] = _convolution_precision()
+        return fingerprint_text(fields)
+
+    def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
+        """A callable that runs the module once; time it with `block_ms`.
+
+        Args:
+            module: any module; it is copied where it is not in eval mode, on the device and in
+                the type, and left as it is.
+            inputs: positional arguments of it; tensors are moved to the device.
+
+        Raises:
+            InputError: the device is not there.
+        """
+        if torch.device(self.device).type == "cuda":
+            cuda_facts(torch.device(self.device))
+        device = self._device
+        ready = settle(module, device, self.dtype)
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            dtype = self.dtype if tensor.is_floating_point() else None
+            return tensor.detach().to(device=device, dtype=dtype)
+
+        arguments = map_tensors(inputs, place)
+
+        def run() -> None:
+            ready(*arguments)
+
+        return run
+
+    def block_ms(self, run: Callable[[], None], calls: int) -> float:
+        """Milliseconds that `calls` calls of `run` take together, the device's work included."""
+        device = self._device
+        with torch.inference_mode():
+            if device.type == "cpu":
+                with _threads(self.threads or 1):
+                    return wall_ms(run, calls)
+            if device.type == "cuda":
+                return _cuda_ms(run, calls, device)
+            return _accelerator_ms(run, calls, device)
+
+
+def _convolution_precision() -> str | None:
+    """How cuDNN computes float32 convolutions (as "tf32"), where torch tells."""
+    settings: Any = getattr(torch.backends.cudnn, "conv", None)
+    return getattr(settings, "fp32_precision", None)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cuda_ms(run: Callable[[], None], calls: int, device: torch.device) -> float:
+    with torch.cuda.device(device):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)  # work of the kernel before must not be counted
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+
+def _accelerator_ms(run: Callable[[], None], calls: int, device: torch.device) -> float:
+    def block() -> None:
+        for _ in range(calls):
+            run()
+        torch.accelerator.synchronize(device)
+
+    torch.accelerator.synchronize(device)
+    return wall_ms(block, 1)

@@ -1,0 +1,267 @@
+"""What was pruned and why, for people (Markdown) and for programs (JSON)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from halp_fx.types import Pin, Plan
+
+__all__ = ["render_markdown", "summarize", "to_json"]
+
+_SHOWN_TENSORS = 4  # tensors named for each pin in the Markdown report; the JSON has them all
+
+
+def summarize(plan: Plan) -> dict[str, Any]:
+    """The facts of a plan as plain numbers, strings, lists and dicts.
+
+    Args:
+        plan: what `halp_fx.plan_of` returns for a pruned network.
+
+    Returns:
+        A dict that `json` can write: `model`, `saliency`, `data_free`, `latency_ms` (by the
+        table), `measured_ms` (None where the network was not measured), `met` (by measurement, if
+        there is one), `gap`, `value_kept`, `solver`, `parameters`, `groups`, `pins`, `opaque` and
+        `facts` (what the stages noted).
+    """
+    dense, kept = _parameter_counts(plan)
+    groups = [
+        {
+            "name": group.name,
+            "units": group.units,
+            "kept": len(units),
+            "width": group.width,
+            "inexact": list(group.inexact),
+        }
+        for group, units in zip(plan.groups.groups, plan.units, strict=True)
+    ]
+    summary = {
+        "model": plan.groups.traced.model_name,
+        "saliency": plan.report.get("saliency", "unknown"),
+        "data_free": plan.report.get("data_free"),
+        "latency_ms": {
+            "dense": plan.dense_ms,
+            "budget": plan.budget_ms,
+            "predicted": plan.predicted_ms,
+        },
+        "measured_ms": _measured(plan.report),
+        "met": plan.report.get("met", plan.predicted_ms <= plan.budget_ms),
+        "gap": plan.gap,
+        "value_kept": plan.value / plan.dense_value if plan.dense_value else 0.0,
+        "solver": plan.solver,
+        "parameters": {"dense": dense, "kept": kept},
+        "groups": groups,
+        "pins": _merge_pins(plan.groups.pins),
+        "opaque": dict(sorted(plan.groups.traced.opaque.items())),
+        "facts": dict(plan.report),
+    }
+    plain = _plain(summary)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def to_json(plan: Plan) -> str:
+    """The summary of a plan as strict JSON text (numbers that are not finite become strings)."""
+    return json.dumps(summarize(plan), indent=2, allow_nan=False) + "\n"
+
+
+def render_markdown(plan: Plan) -> str:
+    """The report that `halp-fx prune` leaves: latency, widths, what had to stay and by whom."""
+    summary = summarize(plan)
+    sections = [
+        f"# {summary['model']}, pruned to a latency budget",
+        _verdict(summary),
+        _table(("", "dense", "pruned", "ratio"), _size_rows(summary)),
+        "## Groups of channels",
+        _group_text(summary),
+        "## Channels that had to stay",
+        _pin_text(summary),
+    ]
+    if summary["opaque"]:
+        rows = [(f"`{name}`", why) for name, why in summary["opaque"].items()]
+        sections += ["## Modules held whole", _table(("module", "why"), rows)]
+    if summary["facts"]:
+        rows = [(name, value) for name, value in _flatten(summary["facts"])]
+        sections += ["## Facts of the run", _table(("fact", "value"), rows)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _measured(facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    if "measured_ms" not in facts:
+        return None
+    return {
+        "dense": facts.get("measured_dense_ms"),
+        "budget": facts.get("measured_budget_ms"),
+        "pruned": facts["measured_ms"],
+    }
+
+
+def _parameter_counts(plan: Plan) -> tuple[int, int]:
+    dense = kept = 0
+    for name, parameter in plan.groups.traced.module.named_parameters():
+        dense += parameter.numel()
+        survive = plan.kept.get(name, (None,) * parameter.dim())
+        if len(survive) == parameter.dim():  # else it is gone
+            kept += math.prod(
+                size if index is None else len(index)
+                for size, index in zip(parameter.shape, survive, strict=True)
+            )
+    return dense, kept
+
+
+def _merge_pins(pins: tuple[Pin, ...]) -> list[dict[str, Any]]:
+    merged: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for pin in pins:
+        tensor = {"name": pin.name, "dim": pin.dim, "channels": len(pin.index)}
+        merged.setdefault((pin.node, pin.reason, pin.source), []).append(tensor)
+    return [
+        {"node": node, "reason": reason, "source": source, "tensors": tensors}
+        for (node, reason, source), tensors in merged.items()
+    ]
+
+
+def _verdict(summary: Mapping[str, Any]) -> str:
+    latency, measured = summary["latency_ms"], summary["measured_ms"]
+    met = "meets" if summary["met"] else "**misses**"
+    if measured is None:
+        first = (
+            f"By the latency table the pruned network takes {_ms(latency['predicted'])} and {met} "
+            f"the budget of {_ms(latency['budget'])}; it has not been measured."
+        )
+    else:
+        first = (
+            f"Measured, the pruned network takes {_ms(measured['pruned'])} and {met} the budget "
+            f"of {_ms(measured['budget'])}; by the latency table it takes "
+            f"{_ms(latency['predicted'])}."
+        )
+    kind = f"Channels were scored by `{summary['saliency']}`"
+    if summary["data_free"]:
+        kind += ", from the weights alone: scores from data are better"
+    return (
+        f"{first}\n\n{kind}. The `{summary['solver']}` solver kept "
+        f"{_percent(summary['value_kept'])} of the saliency, proven to be within "
+        f"{_percent(summary['gap'], 2)} of the best choice of widths by the table."
+    )
+
+
+def _size_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    latency, parameters, groups = summary["latency_ms"], summary["parameters"], summary["groups"]
+    units = sum(group["units"] for group in groups)
+    kept = sum(group["kept"] for group in groups)
+    rows = [
+        (
+            "latency by the table",
+            _ms(latency["dense"]),
+            _ms(latency["predicted"]),
+            _ratio(latency["predicted"], latency["dense"]),
+        )
+    ]
+    if summary["measured_ms"] is not None:
+        dense, pruned = summary["measured_ms"]["dense"], summary["measured_ms"]["pruned"]
+        rows.append(("latency measured", _ms(dense), _ms(pruned), _ratio(pruned, dense)))
+    return [
+        *rows,
+        (
+            "parameters",
+            f"{parameters['dense']:,}",
+            f"{parameters['kept']:,}",
+            _ratio(parameters["kept"], parameters["dense"]),
+        ),
+        ("channel units that may go", f"{units:,}", f"{kept:,}", _ratio(kept, units)),
+    ]
+
+
+def _group_text(summary: Mapping[str, Any]) -> str:
+    rows = [
+        (f"`{g['name']}`", f"{g['kept']}", f"{g['units']}", _ratio(g["kept"], g["units"]))
+        for g in summary["groups"]
+    ]
+    text = _table(("group", "kept", "units", "ratio"), rows)
+    inexact = [group for group in summary["groups"] if group["inexact"]]
+    if not inexact:
+        return text
+    lines = [
+        f"- `{g['name']}`: " + ", ".join(f"`{node}`" for node in g["inexact"]) for g in inexact
+    ]
+    return (
+        f"{text}\n\nThese groups pass through statistics over channels, so the pruned network "
+        "is not the dense one with masked inputs there:\n\n" + "\n".join(lines)
+    )
+
+
+def _pin_text(summary: Mapping[str, Any]) -> str:
+    if not summary["pins"]:
+        return "None."
+    rows = []
+    for pin in summary["pins"]:
+        tensors = pin["tensors"]
+        names = [f"`{t['name']}[{t['dim']}]` ({t['channels']})" for t in tensors[:_SHOWN_TENSORS]]
+        if len(tensors) > _SHOWN_TENSORS:
+            names.append(f"and {len(tensors) - _SHOWN_TENSORS} more")
+        source = f"`{pin['source']}`" if pin["source"] else ""
+        rows.append((", ".join(names), f"`{pin['node']}`", pin["reason"], source))
+    return _table(("tensor [dim] (channels)", "pinned by node", "reason", "source"), rows)
+
+
+def _table(header: tuple[str, ...], rows: list[Any]) -> str:
+    def line(cells: Any) -> str:
+        return "| " + " | ".join(_escape(str(cell)) for cell in cells) + " |"
+
+    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _ms(value: Any) -> str:
+    return f"{value:.3f} ms" if isinstance(value, float | int) else str(value)
+
+
+def _percent(value: Any, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %" if isinstance(value, float | int) else str(value)
+
+
+def _ratio(part: Any, whole: Any) -> str:
+    return f"{part / whole:.3f}" if isinstance(whole, float | int) and whole else ""
+
+
+def _flatten(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            rows += _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, float):
+            rows.append((prefix + name, f"{value:.6g}"))
+        elif isinstance(value, list):
+            rows.append((prefix + name, ", ".join(map(str, value))))
+        else:
+            rows.append((prefix + name, str(value)))
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """Plain Python for what stages put into a report."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((_plain(item) for item in value), key=str)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    return str(value)

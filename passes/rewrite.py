@@ -1,0 +1,118 @@
+"""rewrite: the plan carried out. Every parameter is cut, nothing is masked.
+
+Requires: a `Plan` made from groups of the same network.
+Ensures: the module computes what the dense one computes when the consumers' weights for the
+removed channels are zero; keys of the state dict, `requires_grad`, modes, device, dtype and shared
+parameters are the model's; the plan is in `module.meta["halp_fx"]`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from halp_fx.errors import RewriteError
+from halp_fx.passes.rules.core import StructureError
+from halp_fx.passes.rules.plan import BoolArray, alive_labels
+from halp_fx.passes.rules.shrink import Labelled, shrink
+from halp_fx.passes.rules.structure import named_tensors, structural_copy
+from halp_fx.types import Plan
+
+__all__ = ["rewrite"]
+
+
+def rewrite(plan: Plan) -> fx.GraphModule:
+    """The physically smaller network of a plan.
+
+    Raises:
+        RewriteError: the shrunk graph is not what the plan says (a fault of ours).
+    """
+    groups = plan.groups
+    traced = groups.traced
+    labelled: Labelled = groups.labelled
+    alive = alive_labels(groups, plan.units)
+    try:
+        module = shrink(labelled, alive)
+    except StructureError as error:
+        raise RewriteError(
+            f"{traced.model_name} can't be shrunk as planned: {error}. This should not happen: "
+            "please report it; excluding the channels around that node avoids it"
+        ) from error
+    _fill(module, labelled, alive)
+    _add_unreached(module, traced.root)
+    _restore_order(module, traced.root)
+    for path, part in module.named_modules():
+        part.training = traced.training.get(path, traced.training[""])
+    module.meta["halp_fx"] = plan
+    module.meta["halp_fx_example"] = tuple(
+        (tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x
+        for x in traced.example_inputs
+    )
+    return module
+
+
+def _fill(module: fx.GraphModule, labelled: Labelled, alive: BoolArray) -> None:
+    """Put the surviving slices of the dense tensors where the empty ones are."""
+    done: dict[int, torch.Tensor] = {}
+    for name, dense in named_tensors(labelled.traced.module):
+        if id(dense) not in done:
+            cut = dense.detach()
+            for dim, labels in labelled.own[id(dense)].items():
+                survive = alive[labels]
+                if not survive.all():
+                    index = torch.from_numpy(np.flatnonzero(survive)).to(dense.device)
+                    cut = cut.index_select(dim, index)
+            cut = cut.clone() if cut.data_ptr() == dense.data_ptr() else cut
+            if isinstance(dense, nn.Parameter):
+                cut = nn.Parameter(cut, requires_grad=dense.requires_grad)
+            done[id(dense)] = cut
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        store = owner._parameters if isinstance(dense, nn.Parameter) else owner._buffers
+        owner._parameters.pop(leaf, None)
+        owner._buffers.pop(leaf, None)
+        store[leaf] = done[id(dense)]  # type: ignore[assignment]
+
+
+def _add_unreached(module: fx.GraphModule, root: nn.Module) -> None:
+    """Carry over, whole, the state that the graph never reads (heads used only in training)."""
+    present = {name for name, _ in named_tensors(module)}
+    missing = [name for name, _ in named_tensors(root) if name not in present]
+    if not missing:
+        return
+    source = structural_copy(root)
+    clones: dict[int, torch.Tensor] = {}
+    for name in missing:
+        path, _, leaf = name.rpartition(".")
+        owner, original = module, source.get_submodule(path)
+        for step in path.split(".") if path else []:
+            if step not in owner._modules:
+                owner.add_module(step, nn.Module())
+            owner = owner._modules[step]  # type: ignore[assignment]
+        tensor = original._parameters.get(leaf, original._buffers.get(leaf))
+        assert tensor is not None
+        if id(tensor) not in clones:
+            copied = tensor.detach().clone()
+            if isinstance(tensor, nn.Parameter):
+                copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
+            clones[id(tensor)] = copied
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, clones[id(tensor)])  # type: ignore[arg-type]
+        else:
+            persistent = leaf not in original._non_persistent_buffers_set
+            owner.register_buffer(leaf, clones[id(tensor)], persistent=persistent)
+
+
+def _restore_order(module: nn.Module, root: nn.Module) -> None:
+    """Order submodules, parameters and buffers as the model has them, for its state dict."""
+    for name in ("_modules", "_parameters", "_buffers"):
+        own, model = getattr(module, name), getattr(root, name)
+        ordered = {k: own[k] for k in model if k in own}
+        ordered.update({k: v for k, v in own.items() if k not in ordered})
+        own.clear()
+        own.update(ordered)
+    for name, child in module._modules.items():
+        twin = root._modules.get(name)
+        if child is not None and twin is not None:
+            _restore_order(child, twin)

@@ -1,0 +1,167 @@
+"""Run a graph on labels: once to discover ties and pins, again to check a shrunk graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import halp_fx.passes.rules  # noqa: F401  (registers the rules)
+from halp_fx.passes.rules.core import LabelMode, LabelRun, labels_of, set_labels, tensors_in
+from halp_fx.passes.rules.structure import empty_like, named_tensors, substitute_copy
+from halp_fx.types import IntArray, Traced
+
+__all__ = ["LabelInterpreter", "Snapshot", "fresh", "label_discovery", "map_tensors", "snapshot"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Shape, dtype and labels of a tensor as a node gave it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    labels: Mapping[int, IntArray]
+
+
+def map_tensors(value: Any, change: Any) -> Any:
+    """The same nest with `change(tensor)` in place of each tensor (or `Snapshot`)."""
+    if isinstance(value, (torch.Tensor, Snapshot)):
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(v, change) for v in value))
+    if isinstance(value, torch.Size):
+        return value
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(v, change) for v in value)
+    if isinstance(value, dict):
+        return {k: map_tensors(v, change) for k, v in value.items()}
+    return value
+
+
+def snapshot(value: Any) -> Any:
+    """A nest of tensors as a nest of `Snapshot`s."""
+    return map_tensors(
+        value, lambda t: Snapshot(tuple(t.shape), t.dtype, dict(labels_of(t)))
+    )
+
+
+def fresh(value: Any) -> Any:
+    """New tensors without data and labels, of the same shapes, with the same known values."""
+
+    def make(tensor: torch.Tensor) -> torch.Tensor:
+        new = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+        )
+        if (values := getattr(tensor, "_halp_values", None)) is not None:
+            new._halp_values = values  # type: ignore[attr-defined]
+        return new
+
+    return map_tensors(value, make)
+
+
+class LabelInterpreter(fx.Interpreter):
+    """Runs every node of a graph under a `LabelRun`."""
+
+    def __init__(self, module: fx.GraphModule, run: LabelRun, traced: Traced) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.labels = run
+        self.traced = traced
+        self.snapshots: dict[str, Any] = {}
+        self.held: set[str] = set()
+
+    def execute(self) -> None:
+        """Run the graph on the example's shapes."""
+        inputs = [
+            fresh(self.traced.values[n.name]) for n in self.module.graph.nodes  # type: ignore
+            if n.op == "placeholder"
+        ]  # fmt: skip
+        with torch.no_grad(), LabelMode(self.labels):
+            self.run(*inputs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.labels.node = n.name
+        self.labels.op = str(n.target)
+        value = self.value_of(n)
+        known = self.traced.values.get(n.name)
+        for new, old in zip(tensors_in(value), tensors_in(known), strict=False):
+            if (values := getattr(old, "_halp_values", None)) is not None:
+                new._halp_values = values  # type: ignore[attr-defined]
+        self.snapshots[n.name] = snapshot(value)
+        return value
+
+    def value_of(self, n: fx.Node) -> Any:
+        """Run one node; what can't run without data pins its channels."""
+        if n.op == "output":
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            for tensor in tensors_in(args):
+                self.labels.pin_tensor(tensor, "output of the network")
+            return args[0]
+        if n.op == "placeholder":
+            return super().run_node(n)
+        if n.op == "call_module" and n.target in self.traced.opaque:
+            reason = f"the module {n.target!r} could not be traced"
+            return self.hold(n, f"{reason} ({self.traced.opaque[str(n.target)]})")
+        try:
+            return super().run_node(n)
+        except Exception as error:
+            first = str(error).strip().splitlines()[:1]
+            return self.hold(n, f"can't be run without data: {type(error).__name__} {first}")
+
+    def hold(self, n: fx.Node, reason: str) -> Any:
+        """Pin all that goes into a node and give what it gave for the example."""
+        self.held.add(n.name)
+        for tensor in self.tensors_into(n):
+            self.labels.pin_tensor(tensor, reason)
+        return fresh(self.traced.values[n.name])
+
+    def tensors_into(self, n: fx.Node) -> Iterator[torch.Tensor]:
+        """Argument tensors of a node, and the parameters and buffers of its module."""
+        yield from tensors_in(self.fetch_args_kwargs_from_env(n))
+        if n.op == "call_module":
+            for _, tensor in named_tensors(self.fetch_attr(str(n.target))):
+                yield tensor
+
+
+def label_discovery(
+    traced: Traced, run: LabelRun
+) -> tuple[LabelInterpreter, dict[int, dict[int, IntArray]]]:
+    """Give every parameter labels and run the graph.
+
+    Returns:
+        the interpreter that ran, and id of each tensor of `traced.module` -> its labels.
+    """
+    tensors: dict[int, torch.Tensor] = {}
+    own: dict[int, dict[int, IntArray]] = {}
+    # The kernel size of a convolution is no channel dim; weights are often viewed as (O, I k k).
+    kernels = {
+        id(getattr(m, "weight", None))
+        for m in traced.module.modules()
+        if isinstance(m, (nn.modules.conv._ConvNd))
+    }
+    for name, tensor in named_tensors(traced.module):
+        if id(tensor) in tensors:
+            continue
+        own[id(tensor)] = {
+            dim: run.new_block(name, dim, size)
+            for dim, size in enumerate(tensor.shape)
+            if size > 1 and not (dim > 1 and id(tensor) in kernels)
+        }
+        tensors[id(tensor)] = tensor
+    module = labelled_copy(traced.module, tensors.values(), own)
+    interpreter = LabelInterpreter(module, run, traced)
+    interpreter.execute()
+    return interpreter, own
+
+
+def labelled_copy(
+    module: nn.Module, tensors: Iterable[torch.Tensor], labels: Mapping[int, dict[int, IntArray]]
+) -> Any:
+    """A copy of `module` on the device "meta" whose tensors carry labels."""
+    replaced: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        replaced[id(tensor)] = empty_like(tensor)
+        set_labels(replaced[id(tensor)], labels[id(tensor)])
+    return substitute_copy(module, replaced)

@@ -1,0 +1,214 @@
+"""Which graph nodes a back-end runs as one kernel, and the roofline of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from halp_fx.types import ChannelGroups, Extent, TensorSpec, Work
+
+__all__ = ["Part", "axes_of", "kernel_parts", "moved_bytes", "roofline"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kernel: the nodes that run in it and what they compute and move."""
+
+    nodes: tuple[str, ...]
+    work: tuple[Work, ...]
+    reads: tuple[TensorSpec, ...]  # from outside the kernel
+    writes: tuple[TensorSpec, ...]
+
+    @property
+    def op(self) -> str:
+        return " + ".join(w.op for w in self.work)
+
+
+def kernel_parts(groups: ChannelGroups, fuses: bool, split: bool) -> list[Part]:
+    """Cut the graph into kernels.
+
+    Args:
+        fuses: a pointwise or batch norm node runs with the node before it, where nothing else
+            reads that one.
+        split: a node of several operators (a function that tracing kept whole) is priced
+            operator by operator.
+    """
+    by_node: dict[str, list[Work]] = {}
+    for item in groups.work:
+        by_node.setdefault(item.node, []).append(item)
+    parts: list[Part] = []
+    open_in: dict[str, int] = {}  # node -> the kernel that ends with it
+    for node in groups.traced.module.graph.nodes:
+        work = by_node.get(node.name)
+        if not work:
+            _follow(node, open_in)
+            continue
+        before = _producer(node, open_in) if fuses and _is_pointwise(work) else None
+        if before is not None:
+            where = open_in.pop(before.name)
+            parts[where] = _joined(parts[where], node, work, before, groups)
+            open_in[node.name] = where
+            continue
+        several = split and len(work) > 1 and not _is_simple(work)
+        for piece in [(w,) for w in work] if several else [tuple(work)]:
+            parts.append(_part(node, piece))
+        if not several:
+            open_in[node.name] = len(parts) - 1
+    return parts
+
+
+def _follow(node: fx.Node, open_in: dict[str, int]) -> None:
+    """A node that moves nothing (dropout in eval mode, identity) passes its kernel on."""
+    if node.op == "call_module" and len(node.all_input_nodes) == 1:
+        before = node.all_input_nodes[0]
+        if before.name in open_in and len(before.users) == 1:
+            open_in[node.name] = open_in.pop(before.name)
+
+
+def _producer(node: fx.Node, open_in: dict[str, int]) -> fx.Node | None:
+    found = [n for n in node.all_input_nodes if n.name in open_in and len(n.users) == 1]
+    return max(found, key=lambda n: open_in[n.name]) if found else None
+
+
+def _is_pointwise(work: list[Work]) -> bool:
+    return all(w.kind == "pointwise" for w in work)
+
+
+def _is_simple(work: list[Work]) -> bool:
+    """One operator that counts, and only pointwise ones or copies beside it."""
+    return sum(1 for w in work if w.kind not in ("pointwise",) and w.flops > 0) <= 1
+
+
+def _part(node: fx.Node, work: tuple[Work, ...]) -> Part:
+    first, last = work[0], work[-1]
+    reads, inner = list(first.reads), {id(w) for item in work for w in item.writes}
+    for item in work[1:]:
+        reads += [r for r in item.reads[1:] if id(r) not in inner]
+    return Part((node.name,), work, tuple(reads), last.writes)
+
+
+def _joined(
+    part: Part, node: fx.Node, work: list[Work], before: fx.Node, groups: ChannelGroups
+) -> Part:
+    """A kernel with one more pointwise node: what it reads besides the kernel's own result."""
+    others = [
+        spec
+        for n in node.all_input_nodes
+        if n is not before
+        for spec in _specs(groups.outputs.get(n.name))
+    ]
+    return replace(
+        part,
+        nodes=(*part.nodes, node.name),
+        work=(*part.work, *work),
+        reads=(*part.reads, *others),
+        writes=work[-1].writes,
+    )
+
+
+def _specs(value: Any) -> Iterable[TensorSpec]:
+    if isinstance(value, TensorSpec):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _specs(item)
+
+
+@dataclass(frozen=True)
+class _Size:
+    """An extent as `fixed + scale * axis`."""
+
+    fixed: int
+    scale: int = 0
+    axis: int = -1
+
+
+def axes_of(part: Part) -> tuple[tuple[Extent, ...], Callable[[Extent], _Size]]:
+    """The distinct dims of a kernel that can change, and each extent in terms of them.
+
+    Extents that are multiples of each other (C and 49 C after a flatten) share an axis.
+    """
+    axes: list[Extent] = []
+    known: dict[tuple[tuple[int, int], ...], int] = {}
+    for extent in _extents(part):
+        if extent.parts and (key := _reduced(extent)[0]) not in known:
+            known[key] = len(axes)
+            divisor = _reduced(extent)[1]
+            axes.append(Extent((extent.dense - extent.fixed) // divisor, 0, key))
+
+    def locate(extent: Extent) -> _Size:
+        if not extent.parts:
+            return _Size(extent.dense)
+        key, divisor = _reduced(extent)
+        return _Size(extent.fixed, divisor, known[key])
+
+    return tuple(axes), locate
+
+
+def _reduced(extent: Extent) -> tuple[tuple[tuple[int, int], ...], int]:
+    divisor = math.gcd(*(c for _, c in extent.parts))
+    return tuple((g, c // divisor) for g, c in extent.parts), divisor
+
+
+def _extents(part: Part) -> Iterable[Extent]:
+    for item in part.work:
+        yield from item.factors
+    for spec in (*part.reads, *part.writes):
+        yield from spec.extents
+
+
+def moved_bytes(part: Part) -> float:
+    """Bytes that the dense kernel reads and writes."""
+    return float(
+        sum(math.prod(s.dense_shape) * s.dtype.itemsize for s in (*part.reads, *part.writes))
+    )
+
+
+def roofline(
+    part: Part, cost_ms: Callable[[Any, Any], Any], round_channels: Callable[[Any], Any]
+) -> tuple[tuple[Extent, ...], Callable[..., Any]]:
+    """A kernel's axes, and its cost in milliseconds at given sizes of them."""
+    axes, locate = axes_of(part)
+    products: list[tuple[float, list[_Size]]] = []
+    for item in part.work:
+        products.append((item.flops, [locate(e) for e in item.factors]))
+    moved: list[tuple[float, list[_Size]]] = []
+    for spec in (*part.reads, *part.writes):
+        moved.append((float(spec.dtype.itemsize), [locate(e) for e in spec.extents]))
+
+    def total(products: list[tuple[float, list[_Size]]], sizes: tuple[Any, ...]) -> Any:
+        result: Any = 0.0
+        for factor, dims in products:
+            term: Any = factor
+            for size in dims:
+                if size.axis < 0:
+                    term = term * size.fixed
+                else:
+                    term = term * round_channels(size.fixed + size.scale * sizes[size.axis])
+            result = result + term
+        return result
+
+    products, moved = _merged(products), _merged(moved)
+
+    def cost(*sizes: Any) -> Any:
+        return cost_ms(total(products, sizes), total(moved, sizes))
+
+    return axes, cost
+
+
+def _merged(products: list[tuple[float, list[_Size]]]) -> list[tuple[float, list[_Size]]]:
+    """Multiply constants out and add products of the same dims."""
+    merged: dict[tuple[tuple[int, int, int], ...], float] = {}
+    for factor, dims in products:
+        constant = factor * math.prod(s.fixed for s in dims if s.axis < 0)
+        key = tuple(sorted((s.axis, s.scale, s.fixed) for s in dims if s.axis >= 0))
+        merged[key] = merged.get(key, 0.0) + constant
+    return [
+        (factor, [_Size(fixed, scale, axis) for axis, scale, fixed in key])
+        for key, factor in merged.items()
+        if factor
+    ]

@@ -1,0 +1,87 @@
+"""Copies of modules that share or drop their data, and tensors addressed by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+__all__ = [
+    "empty_like",
+    "named_tensors",
+    "structural_copy",
+    "substitute_copy",
+    "tensor_at",
+    "without_data",
+]
+
+_MAX_VALUES = 1 << 16  # integer tensors up to this size keep their values: they may be indices
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, then buffers, under every name they have (shared ones more than once)."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer called `name`."""
+    path, _, leaf = name.rpartition(".")
+    found = getattr(module.get_submodule(path), leaf)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def structural_copy(module: nn.Module) -> nn.Module:
+    """A copy of the modules that shares all tensors with the original."""
+    memo: dict[int, Any] = {}
+    for own in module.modules():
+        for store in (own._parameters, own._buffers, own.__dict__):
+            for value in store.values():
+                if isinstance(value, torch.Tensor):
+                    memo[id(value)] = value
+    return copy.deepcopy(module, memo)
+
+
+def substitute_copy(module: nn.Module, tensors: dict[int, torch.Tensor]) -> Any:
+    """A copy of the modules with tensor `t` replaced by `tensors[id(t)]`."""
+    return copy.deepcopy(module, dict(tensors))
+
+
+def without_data(value: Any) -> Any:
+    """The same nest with tensors on the device "meta"; small integer tensors keep their values."""
+    if isinstance(value, torch.Tensor):
+        empty = torch.empty_strided(
+            value.shape, value.stride(), dtype=value.dtype, device="meta"
+        )
+        keep_values(empty, value)
+        return empty
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(without_data(v) for v in value))
+    if isinstance(value, torch.Size):
+        return value
+    if isinstance(value, (tuple, list)):
+        return type(value)(without_data(v) for v in value)
+    if isinstance(value, dict):
+        return {k: without_data(v) for k, v in value.items()}
+    return value
+
+
+def empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A stand-in without data; a parameter stays a parameter, small integers keep their values."""
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        empty = nn.Parameter(empty, requires_grad=False)
+    keep_values(empty, tensor)
+    return empty
+
+
+def keep_values(empty: torch.Tensor, value: torch.Tensor) -> None:
+    """Note the values of an integer tensor beside its stand-in without data."""
+    integral = not value.is_floating_point() and not value.is_complex()
+    if integral and value.numel() <= _MAX_VALUES and value.device.type != "meta":
+        empty._halp_values = np.asarray(value.detach().cpu())  # type: ignore[attr-defined]

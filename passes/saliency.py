@@ -1,0 +1,272 @@
+"""saliency: what each unit of each group is worth.
+
+Requires: `ChannelGroups`; data and a loss for the Taylor score.
+Ensures: one finite score of at least 0 a unit, in each group some above 0; the model, its
+gradients, its modes and the global random state are as before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from halp_fx.errors import InputError, SaliencyError
+from halp_fx.passes.rules.structure import named_tensors
+from halp_fx.types import ChannelGroups, FloatArray, Group, Saliency
+
+__all__ = ["score"]
+
+Loss = Callable[[Any, Any], torch.Tensor]
+Progress = Callable[[int, int], None]
+
+
+def score(
+    groups: ChannelGroups,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    method: Callable[[ChannelGroups], Any] | str | None = None,
+    progress: Progress | None = None,
+) -> Saliency:
+    """Score every unit.
+
+    With data and loss: HALP's first-order Taylor score (NeurIPS 2022, section 3.1; Molchanov et
+    al., CVPR 2019) on batch norm, `|sum over the coupled layers of gamma * dgamma + beta * dbeta|`
+    a minibatch, averaged over the minibatches with finite scores. Groups without batch norm use
+    `|sum of W * dW|` over the filters that make the channel.
+
+    Without data: the L2 norm of the filters, scaled by the batch norm that follows, relative to
+    the mean of the group. It needs no data and is the weaker score.
+
+    Args:
+        data: minibatches `(inputs, target)`; inputs a tensor or a tuple.
+        loss: `loss(output, target)` -> scalar tensor.
+        method: "taylor", "magnitude", or a callable that takes the groups and returns a dict
+            (group name -> scores) or a list of arrays, one (units,) a group.
+
+    Raises:
+        InputError: data without loss, a loss that gives no gradient, a wrong batch.
+        SaliencyError: scores that are not finite, or all zero in a group.
+    """
+    if callable(method):
+        name = getattr(method, "__name__", type(method).__name__)
+        return _checked(groups, _of_callable(groups, method(groups), name), name, data is None)
+    if method not in (None, "taylor", "magnitude"):
+        raise InputError(
+            f"saliency={method!r} is not known: pass 'taylor', 'magnitude', a callable or None"
+        )
+    if data is not None and loss is None:
+        raise InputError("data was given without loss: pass loss=callable(output, target)")
+    if method == "taylor" and data is None:
+        raise InputError("the Taylor saliency needs data and loss: pass both, or 'magnitude'")
+    if data is None or method == "magnitude":
+        return _checked(groups, _magnitude(groups), "magnitude", True)
+    assert loss is not None
+    return _checked(groups, _taylor(groups, data, loss, progress), "taylor", False)
+
+
+def _taylor(
+    groups: ChannelGroups, data: Iterable[Any], loss: Loss, progress: Progress | None
+) -> list[FloatArray]:
+    module = _private_copy(groups.traced.module)
+    tensors = dict(named_tensors(module))
+    sources = [_scored_members(groups, g, module) for g in groups.groups]
+    wanted = {name for members in sources for name, *_ in members}
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name in wanted and tensor.is_floating_point())
+    totals = [np.zeros(g.units) for g in groups.groups]
+    used = [0] * len(totals)
+    batches = 0
+    total = len(data) if hasattr(data, "__len__") else 0  # type: ignore[arg-type]
+    for batch in data:
+        _backward(module, batch, loss)
+        batches += 1
+        for i, members in enumerate(sources):
+            batch_score = np.zeros(groups.groups[i].units)
+            for name, dim, index in members:
+                batch_score += _sum_of_products(tensors[name], dim, index)
+            batch_score = np.abs(batch_score)
+            if np.isfinite(batch_score).all():
+                totals[i] += batch_score
+                used[i] += 1
+        for tensor in tensors.values():
+            tensor.grad = None
+        if progress is not None:
+            progress(batches, max(total, batches))
+    if batches == 0:
+        raise InputError("data has no batches: pass at least one (inputs, target)")
+    for i, group in enumerate(groups.groups):
+        if used[i] == 0:
+            raise SaliencyError(
+                f"the Taylor saliency of group {group.name!r} is not finite in any of {batches} "
+                "batches: check the data and the loss for NaN or infinity"
+            )
+    return [t / n for t, n in zip(totals, used, strict=True)]
+
+
+def _private_copy(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy with tensors of its own, in eval mode: running statistics, no dropout."""
+    memo: dict[int, Any] = {}
+    for _, tensor in named_tensors(module):
+        if id(tensor) not in memo:
+            fresh = tensor.detach().clone()
+            memo[id(tensor)] = nn.Parameter(fresh) if isinstance(tensor, nn.Parameter) and (
+                fresh.is_floating_point()) else fresh  # fmt: skip
+    private: fx.GraphModule = copy.deepcopy(module, memo)
+    return private.eval()
+
+
+def _backward(module: fx.GraphModule, batch: Any, loss: Loss) -> None:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise InputError(
+            f"a batch of data must be a pair (inputs, target), not {type(batch).__name__}"
+        )
+    inputs, target = batch
+    given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    given = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in given)
+    if isinstance(target, torch.Tensor):
+        target = target.to(device)
+    with torch.enable_grad():
+        value = loss(module(*given), target)
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise InputError(f"loss must return a scalar tensor, not {shape}")
+    if not value.requires_grad:
+        raise InputError(
+            "the loss gives no gradient: it must depend on the network's output through "
+            "differentiable operations (no argmax, no .detach(), no .item())"
+        )
+    value.backward()
+
+
+def _scored_members(
+    groups: ChannelGroups, group: Group, module: fx.GraphModule
+) -> list[tuple[str, int, Any]]:
+    """(parameter, dim, index) whose products with their gradients are summed for a group."""
+    norms = _batch_norm_parameters(module)
+    members = [m for m in group.members if m.dim == 0 and m.name in norms]
+    if not members:
+        producers = [m for m in group.members if m.dim == 0 and _is_weight(groups, m.name)]
+        members = producers or [m for m in group.members if m.dim == 0] or list(group.members)
+    parameters = {name for name, _ in module.named_parameters()}
+    seen: set[int] = set()
+    unique: list[tuple[str, int, Any]] = []
+    tensors = dict(named_tensors(module))
+    for member in members:
+        tensor = tensors[member.name]
+        if id(tensor) in seen or member.name not in parameters:
+            continue
+        seen.add(id(tensor))
+        unique.append((member.name, member.dim, member.index))
+    return unique
+
+
+def _batch_norm_parameters(module: nn.Module) -> set[str]:
+    kinds = (nn.modules.batchnorm._BatchNorm,)
+    return {
+        f"{path}.{leaf}"
+        for path, part in module.named_modules()
+        if isinstance(part, kinds)
+        for leaf in ("weight", "bias")
+    }
+
+
+def _is_weight(groups: ChannelGroups, name: str) -> bool:
+    return len(groups.parameters[name].extents) > 1
+
+
+def _sum_of_products(tensor: torch.Tensor, dim: int, index: Any) -> FloatArray:
+    """Sum of `W * dW` over all that each unit owns, float64 (units,)."""
+    if tensor.grad is None:
+        return np.zeros(len(index))
+    product = (tensor.detach().double() * tensor.grad.double()).movedim(dim, 0).flatten(1).sum(1)
+    summed: FloatArray = product.cpu().numpy()[index].sum(axis=1)
+    return summed
+
+
+def _magnitude(groups: ChannelGroups) -> list[FloatArray]:
+    tensors = dict(named_tensors(groups.traced.module))
+    scale = _folded_scales(groups.traced.module)
+    scores: list[FloatArray] = []
+    for group in groups.groups:
+        weights = [m for m in group.members if m.dim == 0 and tensors[m.name].ndim > 1]
+        members = weights or list(group.members)
+        total = np.zeros(group.units)
+        for member in members:
+            tensor = tensors[member.name].detach().double()
+            if not tensors[member.name].is_floating_point():
+                continue
+            norm = tensor.movedim(member.dim, 0).flatten(1).square().sum(1).cpu().numpy()
+            factor = scale.get(member.name)
+            if factor is not None and member.dim == 0 and factor.shape == norm.shape:
+                norm = norm * factor**2
+            total += norm[member.index].sum(axis=1)
+        total = np.sqrt(total)
+        mean = total.mean()
+        scores.append(total / mean if np.isfinite(mean) and mean > 0 else total)
+    return scores
+
+
+def _folded_scales(module: fx.GraphModule) -> dict[str, FloatArray]:
+    """Weight of a convolution or linear layer -> factor of each row by the batch norm after it."""
+    scales: dict[str, FloatArray] = {}
+    for node in module.graph.nodes:
+        if node.op != "call_module" or not node.all_input_nodes:
+            continue
+        norm = module.get_submodule(str(node.target))
+        before = node.all_input_nodes[0]
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or before.op != "call_module":
+            continue
+        if norm.running_var is None or len(before.users) != 1:
+            continue
+        factor = 1.0 / np.sqrt(norm.running_var.detach().double().cpu().numpy() + norm.eps)
+        if norm.weight is not None:
+            factor = factor * np.abs(norm.weight.detach().double().cpu().numpy())
+        scales[f"{before.target}.weight"] = factor
+    return scales
+
+
+def _of_callable(groups: ChannelGroups, given: Any, name: str) -> list[FloatArray]:
+    if isinstance(given, Mapping):
+        missing = [g.name for g in groups.groups if g.name not in given]
+        if missing:
+            raise SaliencyError(f"the saliency {name!r} has no scores for the groups {missing[:5]}")
+        given = [given[g.name] for g in groups.groups]
+    arrays = [
+        np.asarray(v.detach().cpu() if isinstance(v, torch.Tensor) else v, dtype=np.float64)
+        for v in given
+    ]
+    if len(arrays) != len(groups.groups):
+        raise SaliencyError(
+            f"the saliency {name!r} has {len(arrays)} arrays for {len(groups.groups)} groups"
+        )
+    return arrays
+
+
+def _checked(
+    groups: ChannelGroups, scores: list[FloatArray], method: str, data_free: bool
+) -> Saliency:
+    for group, values in zip(groups.groups, scores, strict=True):
+        if values.shape != (group.units,):
+            raise SaliencyError(
+                f"the saliency of group {group.name!r} has shape {values.shape}, "
+                f"expected ({group.units},)"
+            )
+        if not np.isfinite(values).all():
+            raise SaliencyError(
+                f"the saliency of group {group.name!r} has values that are not finite: check its "
+                "weights and the data for NaN or infinity"
+            )
+        if (values < 0).any():
+            raise SaliencyError(f"the saliency of group {group.name!r} has negative values")
+        if not values.any():
+            raise SaliencyError(
+                f"the saliency of group {group.name!r} is zero for all its {group.units} units: "
+                "check that data and loss reach it (zero weights, dead units, zero gradients)"
+            )
+    return Saliency(tuple(scores), method, data_free)

@@ -1,0 +1,322 @@
+"""trace: a model becomes a graph of module calls, functions and methods (torch.fx).
+
+Requires: an `nn.Module` and inputs that it accepts.
+Ensures: the graph gives the model's outputs; module names, and with them the keys of
+`state_dict()`, are the model's; the model itself is not changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from halp_fx.errors import InputError, TraceError
+from halp_fx.passes.rules.attention import expand_attention
+from halp_fx.passes.rules.core import OnMeta, tensors_in
+from halp_fx.passes.rules.structure import (
+    empty_like,
+    structural_copy,
+    substitute_copy,
+    without_data,
+)
+from halp_fx.types import Traced
+
+__all__ = ["trace"]
+
+_OPENED = (
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+    nn.Transformer,
+)
+
+
+def trace(model: nn.Module, example_inputs: Any = None) -> Traced:
+    """Trace `model` into a graph and run it once on the example.
+
+    Args:
+        example_inputs: a tensor or a tuple, the positional arguments of the model. None: an
+            image (1, C, H, W) of the size the model expects, as far as that can be told.
+
+    Raises:
+        InputError: `model` is no module, or it rejects the inputs.
+        TraceError: its `forward` can't be traced.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model must be a torch.nn.Module, not {type(model).__name__}: pass the network "
+            "itself, not its class, its state dict or a file name"
+        )
+    root = structural_copy(model).eval()
+    inputs = _example(root, example_inputs)
+    name = type(model).__name__
+    graph, opaque = _trace_graph(root, inputs, name)
+    _link_training_flags(graph, model, inputs, opaque)
+    module = fx.GraphModule(root, graph, class_name=name)
+    for path, own in module.named_modules():
+        own.training = False
+        if path in opaque:
+            own.eval()
+    values = _record(root, module, inputs, name)
+    return Traced(
+        module=module,
+        example_inputs=inputs,
+        training={path: part.training for path, part in model.named_modules()},
+        root=root,
+        opaque=opaque,
+        values=values,
+        model_name=name,
+    )
+
+
+class _Tracer(fx.Tracer):
+    """Keeps torch.nn modules as leaves, opens attention, remembers where tracing broke."""
+
+    def __init__(self, opaque: Mapping[str, str], given: int) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = True  # a buffer may hold one value a channel
+        self.record_stack_traces = True
+        self.opaque = opaque
+        self.given = given
+        self.broken: tuple[str, Exception] | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.opaque:
+            return True
+        if isinstance(m, _OPENED):
+            return False
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        path = self.path_of_module(m)
+        try:
+            if isinstance(m, nn.MultiheadAttention) and path not in self.opaque:
+                opened = expand_attention(m, args, kwargs)
+                if opened is not None:
+                    return opened
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            if self.broken is None:
+                self.broken = (path, error)
+            raise
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Inputs that the example leaves out keep their defaults, and the graph insists on it."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        parameters = [
+            p
+            for p in inspect.signature(root_fn).parameters.values()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ][1:]
+        for i, parameter in enumerate(parameters[self.given :], start=1 + self.given):
+            if parameter.default is parameter.empty or i >= len(args):
+                continue
+            default = parameter.default
+            compare = operator.is_ if default is None else operator.eq
+            if default is None or isinstance(default, (bool, int, float, str)):
+                same = self.create_proxy("call_function", compare, (args[i], default), {})
+                text = f"the graph was traced with {parameter.name}={default!r}"
+                self.create_proxy("call_function", torch._assert, (same, text), {})
+                args[i] = default
+        return function, args
+
+
+def _trace_graph(
+    root: nn.Module, inputs: tuple[Any, ...], name: str
+) -> tuple[fx.Graph, dict[str, str]]:
+    """Trace, holding whole as a leaf each module that can't be traced."""
+    opaque: dict[str, str] = {}
+    while True:
+        tracer = _Tracer(opaque, len(inputs))
+        try:
+            return tracer.trace(root), opaque
+        except Exception as error:
+            if tracer.broken is None:
+                raise TraceError(
+                    f"{name}.forward can't be traced by torch.fx: {_first_line(error)}. Move what "
+                    "depends on the values of tensors into a submodule (it is then held whole), "
+                    "or pass the part that can be traced"
+                ) from error
+            opaque[tracer.broken[0]] = _first_line(tracer.broken[1])
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def _link_training_flags(
+    graph: fx.Graph, model: nn.Module, inputs: tuple[Any, ...], opaque: Mapping[str, str]
+) -> None:
+    """Constants that are False in eval and True in train mode read `training` when they run.
+
+    Tracing freezes `F.dropout(x, training=self.training)`; a second graph, traced in train mode,
+    shows which constants those are. Where the two graphs differ in more, nothing is linked.
+    """
+    twin = structural_copy(model).train()
+    try:
+        other = _Tracer(opaque, len(inputs)).trace(twin)
+    except Exception:
+        return
+    pairs = list(zip(graph.nodes, other.nodes, strict=False))
+    if len(graph.nodes) != len(other.nodes):
+        return
+    if any(a.op != b.op or str(a.target) != str(b.target) for a, b in pairs):
+        return
+    flags = [
+        (a, b) for a, b in pairs if str(a.args) != str(b.args) or str(a.kwargs) != str(b.kwargs)
+    ]
+    if not flags or not all(_flag_only(a, b) for a, b in flags):
+        return
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    with graph.inserting_before(first):
+        training = graph.create_node("get_attr", "training")
+    for a, b in flags:
+        a.args = tuple(_linked(x, y, training) for x, y in zip(a.args, b.args, strict=True))
+        a.kwargs = {k: _linked(v, b.kwargs[k], training) for k, v in a.kwargs.items()}
+
+
+def _flag_only(a: fx.Node, b: fx.Node) -> bool:
+    if len(a.args) != len(b.args) or a.kwargs.keys() != b.kwargs.keys():
+        return False
+    pairs = [*zip(a.args, b.args, strict=True), *((v, b.kwargs[k]) for k, v in a.kwargs.items())]
+    return all(str(x) == str(y) or (x is False and y is True) for x, y in pairs)
+
+
+def _linked(eval_value: Any, train_value: Any, training: fx.Node) -> Any:
+    return training if eval_value is False and train_value is True else eval_value
+
+
+def _check_inputs(root: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Run the model on the example, to say so when it is the inputs that are wrong."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(root)):
+            root(*inputs)
+    except Exception as error:
+        raise InputError(
+            f"{type(root).__name__} rejects the example inputs ({_describe(inputs)}): "
+            f"{_first_line(error)}. Pass example_inputs as a tensor or a tuple of the model's "
+            "positional arguments"
+        ) from error
+
+
+def _describe(inputs: tuple[Any, ...]) -> str:
+    return ", ".join(
+        f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, torch.Tensor) else repr(x)
+        for x in inputs
+    )
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps what each node gave, without the data."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.values[n.name] = without_data(value)
+        return value
+
+
+def _record(
+    root: nn.Module, module: fx.GraphModule, inputs: tuple[Any, ...], name: str
+) -> dict[str, Any]:
+    """What each node gives: on tensors without data where that works, else on the example."""
+    count = sum(1 for n in module.graph.nodes if n.op == "placeholder")
+    given = inputs[:count]
+    devices = {t.device for t in [*root.parameters(), *tensors_in(list(inputs))]}
+    if len(devices) == 1:
+        tensors = {
+            id(t): empty_like(t) for store in (module.parameters(), module.buffers()) for t in store
+        }
+        recorder = _Recorder(substitute_copy(module, tensors))
+        try:
+            with torch.no_grad(), OnMeta():
+                recorder.run(*without_data(given))
+            return recorder.values
+        except Exception:  # noqa: S110  the example itself decides
+            pass
+    recorder = _Recorder(module)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(module)):
+            recorder.run(*given)
+    except Exception as error:
+        _check_inputs(root, inputs)
+        raise TraceError(f"the graph of {name} does not run: {_first_line(error)}") from error
+    return recorder.values
+
+
+def _cuda_devices(module: nn.Module) -> list[int]:
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    return sorted(d.index or 0 for d in devices)
+
+
+def _example(root: nn.Module, given: Any) -> tuple[Any, ...]:
+    if given is None:
+        return _guess_inputs(root)
+    if isinstance(given, torch.Tensor):
+        return (given,)
+    if isinstance(given, (tuple, list)):
+        if not given:
+            raise InputError("example_inputs is empty: pass a tensor or a tuple of tensors")
+        return tuple(given)
+    raise InputError(
+        f"example_inputs must be a tensor or a tuple, not {type(given).__name__}: pass the "
+        "model's positional arguments, e.g. torch.randn(1, 3, 224, 224)"
+    )
+
+
+def _guess_inputs(root: nn.Module) -> tuple[Any, ...]:
+    """An image of the size the model's own attributes name, else the first common size it takes."""
+    parameter = next((p for p in root.parameters() if p.is_floating_point()), None)
+    options = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
+    generator = torch.Generator().manual_seed(0)
+    tried: list[tuple[int, ...]] = []
+    for shape in _shapes(root):
+        image = torch.rand(shape, generator=generator).to(**options)  # type: ignore[arg-type]
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(root)):
+                root(image)
+        except Exception:
+            tried.append(shape)
+            continue
+        return (image,)
+    raise InputError(
+        f"{type(root).__name__}: no example_inputs were given and none of {tried} is accepted: "
+        "pass a tensor or a tuple of the model's positional arguments"
+    )
+
+
+def _shapes(root: nn.Module) -> list[tuple[int, ...]]:
+    config = getattr(root, "pretrained_cfg", None) or getattr(root, "default_cfg", None) or {}
+    size = config.get("input_size") if isinstance(config, dict) else None
+    if size is not None:
+        return [(1, *size)]
+    for module in root.modules():
+        if isinstance(module, nn.Conv3d):
+            return [(1, module.in_channels, 16, s, s) for s in (112, 224)]
+        if isinstance(module, nn.Conv2d):
+            image = getattr(root, "image_size", None)
+            sizes = [image] if isinstance(image, int) else [224, 299, 96, 64, 32, 28]
+            return [(1, module.in_channels, s, s) for s in sizes]
+        if isinstance(module, nn.Conv1d):
+            return [(1, module.in_channels, s) for s in (1024, 128, 32)]
+        if isinstance(module, nn.Linear):
+            return [(1, module.in_features)]
+    return [(1, 3, 224, 224)]

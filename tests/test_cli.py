@@ -1,0 +1,301 @@
+"""The command line, on small networks of this file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import networkx as nx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner, Result
+
+import halp_fx
+from halp_fx.errors import DependencyError, HalpError, InputError
+from halp_fx.tools import demo, models
+from halp_fx.tools.cli import app, main
+
+NET = f"{__name__}:make_net"
+COMMANDS = ([], ["groups"], ["profile"], ["prune"], ["bench"], ["bench", "discover"])
+
+
+class Net(nn.Module):
+    """Two convolutions, joined by an addition, and a classifier."""
+
+    def __init__(self, channels: int = 32) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+        self.body = nn.Conv2d(channels, channels, 3, padding=1)
+        self.fc = nn.Linear(channels, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn(self.stem(x)))
+        x = torch.relu(self.body(x) + x)
+        y: torch.Tensor = self.fc(x.mean((2, 3)))
+        return y
+
+
+def make_net() -> tuple[nn.Module, torch.Tensor]:
+    return Net(), torch.randn(2, 3, 16, 16)
+
+
+def make_nothing() -> int:
+    return 3
+
+
+def make_broken() -> nn.Module:
+    raise RuntimeError("no such luck")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HALP_FX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def ok(*arguments: object) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output + result.stderr
+    return result.stdout
+
+
+def refused(*arguments: object) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert result.stderr.startswith("error: ")
+    return result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_has_examples(command: list[str]) -> None:
+    text = ok(*command, "--help")
+    assert "Examples:" in text
+    assert " ".join(["halp-fx", *command]) in text
+
+
+def test_help_and_version() -> None:
+    assert "package.module:factory" in ok("--help")
+    assert ok("--version") == f"halp-fx {halp_fx.__version__}\n"
+
+
+def test_main_runs_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["halp-fx", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    assert halp_fx.__version__ in capsys.readouterr().out
+
+
+def test_groups_shows_groups_and_pins() -> None:
+    text = ok("groups", NET)
+    assert "stem.weight[0]" in text
+    assert "add" in text
+    assert "1 group, 32 channels that may go" in text
+    assert "fc.weight[0] (10)" in text
+    assert text == ok("groups", NET)
+
+
+def test_why_names_the_coupled_layers_and_the_source() -> None:
+    text = ok("groups", NET, "--why", "body")
+    assert "body.weight[0]: 32 units" in text
+    assert "stem.weight[0]" in text
+    assert f"{Path(__file__).name}:" in text
+    assert "pinned by node" in ok("groups", NET, "--why", "fc.weight")
+
+
+def test_why_to_shows_one_path() -> None:
+    lines = ok("groups", NET, "--why", "body", "--to", "stem").splitlines()
+    assert lines[0].startswith("body.")
+    assert "stem.weight[0]" in lines[-1]
+
+
+def test_why_suggests_close_layers() -> None:
+    message = refused("groups", NET, "--why", "bod")
+    assert "no layer 'bod'" in message
+    assert "body" in message
+
+
+def test_groups_as_json_is_complete_and_stable() -> None:
+    text = ok("groups", NET, "--format", "json")
+    document = json.loads(text)
+    (group,) = document["groups"]
+    assert group["units"] == 32
+    assert {"name": "stem.weight", "dim": 0, "index": [[i] for i in range(32)]} in group["members"]
+    assert any(pin["name"] == "fc.weight" and pin["dim"] == 0 for pin in document["pins"])
+    assert text == ok("groups", NET, "--format", "json")
+
+
+def test_groups_as_graph(tmp_path: Path) -> None:
+    graph = nx.parse_graphml(ok("groups", NET, "--format", "graphml"))
+    assert nx.has_path(graph, "stem.weight[0]", "body.weight[0]")
+    file = tmp_path / "deep" / "net.dot"
+    ok("groups", NET, "--format", "dot", "-o", file)
+    assert file.read_text(encoding="utf-8").startswith("graph channels {")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet50"], "names no model"),
+        (["torchvision:resnet5"], "did you mean resnet50"),
+        (["timm:resnet_18"], "did you mean resnet18"),
+        (["no_such_package.nets:make"], "no module 'no_such_package'"),
+        ([f"{__name__}:make_ned"], "did you mean make_net"),
+        ([f"{__name__}:COMMANDS"], "must return an nn.Module"),
+        ([f"{__name__}:make_nothing"], "returned a int"),
+        ([f"{__name__}:make_broken"], "RuntimeError: no such luck"),
+        ([NET, "--input", "3by4"], "is no shape"),
+        ([NET, "--input", "2x3x16x16:float8"], "unknown dtype"),
+        ([NET, "--to", "stem"], "--why"),
+        ([NET, "--why", "stem", "--format", "json"], "--format"),
+        ([NET, "-o", "x.txt"], "--output"),
+        ([NET, "--why", "stem", "--to", "fc.bias"], "not coupled"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
+    text = refused("groups", *arguments)
+    assert message in text
+    assert text.count("\n") == 1
+
+
+def test_debug_keeps_the_error() -> None:
+    result = call("groups", "resnet50", "--debug")
+    assert isinstance(result.exception, InputError)
+
+
+def test_missing_library_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(DependencyError, match=r'pip install "halp-fx\[timm\]"'):
+        models.load_model("timm:resnet18")
+
+
+def test_weights_are_loaded(tmp_path: Path) -> None:
+    state = {name: value + 1 for name, value in Net().state_dict().items()}
+    save_file(state, tmp_path / "net.safetensors")
+    model, inputs = models.load_model(NET, weights=tmp_path / "net.safetensors")
+    assert inputs is not None
+    assert inputs[0].shape == (2, 3, 16, 16)
+    assert torch.equal(model.state_dict()["fc.bias"], state["fc.bias"])
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    save_file({"fc.bias": torch.zeros(10), "other": torch.zeros(1)}, path)
+    with pytest.raises(HalpError, match=r"missing \(as .*unknown \(as other"):
+        models.load_model(NET, weights=path)
+    path.write_text("not safetensors")
+    with pytest.raises(InputError, match="can't be read"):
+        models.load_model(NET, weights=path)
+
+
+def test_input_shapes() -> None:
+    assert models.parse_input("2x3x8x8").shape == (2, 3, 8, 8)
+    tokens = models.parse_input("1x16:int64")
+    assert tokens.dtype == torch.int64
+    assert torch.equal(models.parse_input("4"), models.parse_input("4"))
+
+
+def test_prune_leaves_network_and_reports(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    text = ok("prune", NET, "--budget", "0.5", "--latency", "analytic", "-o", folder, "--no-onnx")
+    assert "certified gap" in text
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "model.safetensors",
+        "report.json",
+        "report.md",
+    ]
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    latency = report["latency_ms"]
+    assert latency["budget"] == pytest.approx(0.5 * latency["dense"])
+    assert report["met"] is (latency["predicted"] <= latency["budget"])
+    pruned = halp_fx.load(folder / "model.safetensors")
+    assert report["parameters"]["kept"] == sum(p.numel() for p in pruned.parameters())
+    assert report["parameters"]["dense"] == sum(p.numel() for p in Net().parameters())
+    (group,) = report["groups"]
+    assert 0 < group["kept"] < group["units"] == 32
+    markdown = (folder / "report.md").read_text(encoding="utf-8")
+    assert markdown.startswith("# Net, pruned to a latency budget")
+    assert f"| `{group['name']}` | {group['kept']} | 32 |" in markdown
+    assert "fc.weight[0]" in markdown
+    stored = load_file(folder / "model.safetensors")
+    assert any(value.shape[:1] == (group["kept"],) for value in stored.values())
+
+
+def test_prune_exports_onnx(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    ok("prune", NET, "-b", "0.6", "--latency", "analytic", "-o", tmp_path)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    x = torch.randn(3, 3, 16, 16)
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected = halp_fx.load(tmp_path / "model.safetensors").eval()(x)
+    torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_prune_refuses_what_can_not_be(tmp_path: Path) -> None:
+    assert "budget" in refused("prune", NET, "-b", "soon", "--latency", "analytic", "-o", tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused("prune", NET, "-b", "0.5", "-o", tmp_path / "file")
+    assert "no latency table" in refused(
+        "prune", NET, "-b", "0.5", "--latency", tmp_path / "t.sqlite", "-o", tmp_path
+    )
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_profile_leaves_a_table_that_prune_reads(tmp_path: Path) -> None:
+    table = tmp_path / "net.sqlite"
+    small = f"{__name__}:make_small"
+    text = ok("profile", small, "--backend", "torch", "--threads", 1, "-o", table)
+    assert "dense network" in text
+    with halp_fx.LatencyTable.open(table) as opened:
+        assert opened.entries()
+    ok("prune", small, "-b", "0.9", "--latency", table, "-o", tmp_path / "out", "--no-onnx")
+
+
+def make_small() -> tuple[nn.Module, torch.Tensor]:
+    return Net(16), torch.randn(1, 3, 8, 8)
+
+
+def test_profile_analytic_shows_costs() -> None:
+    text = ok("profile", NET, "--backend", "analytic")
+    assert "dense network" in text
+    assert "conv" in text
+    assert "computes costs" in refused("profile", NET, "--backend", "analytic", "--threads", 1)
+    assert "no back-end 'tpu'" in refused("profile", NET, "--backend", "tpu")
+    assert "--device" in refused("profile", NET, "--backend", "onnxruntime", "--device", "cuda")
+
+
+def test_bench_discover_writes_csv(tmp_path: Path) -> None:
+    file = tmp_path / "bench.csv"
+    text = ok(
+        "bench", "discover", "--models", f"{NET},torchvision:resnet5", "--runs", 1, "-o", file
+    )
+    assert NET in text
+    with file.open(newline="", encoding="utf-8") as opened:
+        rows = list(csv.DictReader(opened))
+    assert rows[0]["model"] == NET
+    assert float(rows[0]["total_s"]) > 0
+    assert int(rows[0]["groups"]) == 1
+    assert "did you mean" in rows[1]["note"]
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = demo.run(tmp_path, epochs=2, tune_epochs=1, widths=(16, 32), latency="analytic")
+    assert result["accuracy"] > 0.8
+    assert result["onnx_difference"] < 1e-3
+    assert {path.name for path in tmp_path.iterdir()} >= {"model.onnx", "report.md", "report.json"}
+    printed = capsys.readouterr().out
+    assert "The budget is met" in printed or "The budget is not met" in printed

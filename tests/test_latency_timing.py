@@ -1,0 +1,405 @@
+"""Measuring: what is measured, when it is redone, and what stays untouched."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import halp_fx
+from halp_fx.errors import DependencyError, LatencyError
+from halp_fx.latency import (
+    Analytic,
+    Backend,
+    Job,
+    LatencyTable,
+    Timing,
+    Torch,
+    measure_jobs,
+    measure_network,
+    measure_paired,
+)
+
+
+class Fixed(nn.Module):
+    """A kernel of a known cost."""
+
+    def __init__(self, ms: float) -> None:
+        super().__init__()
+        self.ms = ms
+
+
+@dataclass
+class Run:
+    ms: float
+    sentinel: bool
+    sampled: int = 0  # blocks after warming up
+
+    def __call__(self) -> None: ...
+
+
+@dataclass
+class Simulated:
+    """A back-end on a clock of its own. The sentinel takes 2 ms, other kernels what they say.
+
+    `speed(attempt)` scales all times in the attempt-th round-robin over a batch.
+    """
+
+    speed: Callable[[int], float] = lambda attempt: 1.0
+    samples: int = 4
+    min_sample_ms: float = 1.0
+    name: str = "simulated"
+    measured: bool = True
+    fuses: bool = False
+    trace: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+    def fingerprint(self) -> str:
+        return '{"backend": "simulated"}'
+
+    def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
+        sentinel = not isinstance(module, Fixed)
+        # 3 blocks to warm up and 1 to size the block; the sentinel is sampled once beforehand.
+        return Run(
+            2.0 if isinstance(module, nn.Conv2d) else float(module.ms),  # type: ignore[arg-type]
+            sentinel,
+            -(4 + self.samples) if sentinel else -4,
+        )
+
+    def block_ms(self, run: Callable[[], None], calls: int) -> float:
+        assert isinstance(run, Run)
+        speed = self.speed(run.sampled // self.samples) if run.sampled >= 0 else 1.0
+        run.sampled += 1
+        self.trace.append(run.ms)
+        self.counts.append(calls)
+        return run.ms * speed * calls
+
+
+class Builds:
+    """Jobs that count how often each is built."""
+
+    def __init__(self, count: int) -> None:
+        self.built: list[str] = []
+        self.jobs = [Job(f"k{i}", self._build(i)) for i in range(count)]
+
+    def _build(self, i: int) -> Callable[[], tuple[nn.Module, tuple[Any, ...]]]:
+        def build() -> tuple[nn.Module, tuple[Any, ...]]:
+            self.built.append(f"k{i}")
+            return Fixed(1.0 + i), ()
+
+        return build
+
+
+@pytest.fixture
+def table() -> Any:
+    with LatencyTable.open(":memory:") as table:
+        yield table
+
+
+def test_each_kernel_gets_its_own_time(table: LatencyTable) -> None:
+    backend = Simulated()
+    assert isinstance(backend, Backend)
+    measure_jobs(Builds(30).jobs, backend, table)
+    for i in range(30):
+        assert table.get(f"k{i}", backend.fingerprint()) == Timing(1.0 + i, 0.0, 4)
+
+
+def test_only_what_is_missing_is_measured(table: LatencyTable) -> None:
+    backend, builds = Simulated(), Builds(20)
+    for i in range(0, 20, 2):
+        table.put(f"k{i}", backend.fingerprint(), Timing(99.0, 0.0, 1))
+    measure_jobs(builds.jobs, backend, table)
+    assert sorted(builds.built) == sorted(f"k{i}" for i in range(1, 20, 2))
+    assert table.get("k0", backend.fingerprint()) == Timing(99.0, 0.0, 1)
+    builds.built.clear()
+    backend.trace.clear()
+    measure_jobs(builds.jobs, backend, table)
+    assert builds.built == []
+    assert backend.trace == []  # not even the sentinel
+
+
+def test_timings_of_another_device_do_not_count(table: LatencyTable) -> None:
+    builds = Builds(3)
+    for i in range(3):
+        table.put(f"k{i}", '{"backend": "other"}', Timing(99.0, 0.0, 1))
+    measure_jobs(builds.jobs, Simulated(), table)
+    assert len(builds.built) == 3
+
+
+def test_a_key_given_twice_is_measured_once(table: LatencyTable) -> None:
+    builds = Builds(2)
+    measure_jobs([*builds.jobs, *builds.jobs], Simulated(), table)
+    assert sorted(builds.built) == ["k0", "k1"]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(table: LatencyTable) -> None:
+    backend, builds = Simulated(), Builds(30)
+
+    def stop(done: int, total: int, key: str) -> None:
+        if done == 14:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_jobs(builds.jobs, backend, table, progress=stop)
+    kept = {entry.key for entry in table.entries()}
+    assert 14 <= len(kept) < 30
+    builds.built.clear()
+    measure_jobs(builds.jobs, backend, table)
+    assert set(builds.built) == {job.key for job in builds.jobs} - kept
+    assert len(table.entries()) == 30
+
+
+_KILLED = """
+import os, sys
+from tests.test_latency_timing import Builds, Simulated
+from halp_fx.latency import LatencyTable, measure_jobs
+table = LatencyTable.open(sys.argv[1])
+measure_jobs(Builds(20).jobs, Simulated(), table, progress=lambda done, total, key: os._exit(9))
+"""
+
+
+def test_a_killed_run_loses_nothing_it_has_written(tmp_path: Path) -> None:
+    path = tmp_path / "table.sqlite"
+    root = Path(halp_fx.__file__).resolve().parent.parent
+    answer = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(path)],
+        check=False,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert answer.returncode == 9, answer.stderr
+    with LatencyTable.open(path) as table:
+        kept = {entry.key for entry in table.entries()}
+        assert 1 <= len(kept) < 20
+        builds = Builds(20)
+        measure_jobs(builds.jobs, Simulated(), table)
+        assert set(builds.built) == {job.key for job in builds.jobs} - kept
+        assert len(table.entries()) == 20
+
+
+def test_progress_counts_what_was_known(table: LatencyTable) -> None:
+    backend, seen = Simulated(), []
+    table.put("k1", backend.fingerprint(), Timing(1.0, 0.0, 1))
+    measure_jobs(
+        Builds(4).jobs, backend, table, progress=lambda done, total, key: seen.append((done, total))
+    )
+    assert seen == [(2, 4), (3, 4), (4, 4)]
+
+
+def test_samples_are_interleaved_and_shuffled(table: LatencyTable) -> None:
+    backend = Simulated()
+    measure_jobs(Builds(6).jobs, backend, table)
+    rounds = np.array(backend.trace[-4 * 7 :]).reshape(4, 7)
+    for one in rounds:
+        assert sorted(one) == [1.0, 2.0, 2.0, 3.0, 4.0, 5.0, 6.0]  # each once, and the sentinel
+    assert len({tuple(one) for one in rounds}) > 1
+
+
+def test_the_seed_alone_decides_the_order() -> None:
+    traces = []
+    for seed in (1, 1, 2):
+        backend = Simulated()
+        with LatencyTable.open(":memory:") as table:
+            measure_jobs(Builds(20).jobs, backend, table, seed=seed)
+        traces.append(backend.trace)
+    assert traces[0] == traces[1] != traces[2]
+
+
+def test_short_kernels_are_called_in_blocks(table: LatencyTable) -> None:
+    backend = Simulated(min_sample_ms=1.0)
+    measure_jobs([Job("short", lambda: (Fixed(0.001), ()))], backend, table)
+    assert max(backend.counts) >= 1000
+    timing = table.get("short", backend.fingerprint())
+    assert timing is not None
+    assert timing.median_ms == pytest.approx(0.001)
+
+
+def test_a_kernel_that_takes_no_time_ends(table: LatencyTable) -> None:
+    backend = Simulated()
+    measure_jobs([Job("nothing", lambda: (Fixed(0.0), ()))], backend, table)
+    assert table.get("nothing", backend.fingerprint()) == Timing(0.0, 0.0, 4)
+
+
+def _slow_at(*speeds: float) -> Callable[[int], float]:
+    return lambda attempt: speeds[attempt] if attempt < len(speeds) else 1.0
+
+
+def _attempts(backend: Simulated) -> int:
+    """How often the one kernel of 10 ms was sampled in full."""
+    return (backend.trace.count(10.0) - 4) // backend.samples
+
+
+@pytest.mark.parametrize(
+    ("speeds", "attempts", "median"),
+    [
+        ((1.0,), 1, 10.0),
+        ((1.2,), 1, 12.0),  # within what the sentinel may drift
+        ((2.0, 1.0), 2, 10.0),
+        ((0.5, 1.0), 2, 10.0),
+        ((3.0, 2.0, 1.0), 3, 10.0),
+        ((3.0, 1.5, 2.0), 3, 15.0),  # never steady: the attempt that drifted least
+    ],
+)
+def test_a_batch_is_redone_while_the_sentinel_drifts(
+    table: LatencyTable, speeds: tuple[float, ...], attempts: int, median: float
+) -> None:
+    backend = Simulated(speed=_slow_at(*speeds))
+    measure_jobs([Job("k", lambda: (Fixed(10.0), ()))], backend, table)
+    assert _attempts(backend) == attempts
+    assert table.get("k", backend.fingerprint()) == Timing(median, 0.0, 4)
+
+
+def test_an_unsteady_machine_is_logged(
+    table: LatencyTable, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = Simulated(speed=lambda attempt: 3.0)
+    with caplog.at_level(logging.WARNING, logger="halp_fx.latency"):
+        measure_jobs([Job("k", lambda: (Fixed(10.0), ()))], backend, table)
+    assert _attempts(backend) == 3
+    assert "the machine is unsteady" in caplog.text
+
+
+def test_the_running_median_follows_a_lasting_change(table: LatencyTable) -> None:
+    backend = Simulated(speed=lambda attempt: 3.0, samples=1)
+    measure_jobs(Builds(12 * 8).jobs, backend, table)
+    redone = backend.trace.count(2.0)
+    backend.trace.clear()
+    backend.speed = lambda attempt: 1.0
+    with LatencyTable.open(":memory:") as other:
+        measure_jobs(Builds(12 * 8).jobs, backend, other)
+    steady = backend.trace.count(2.0)
+    assert steady < redone < 3 * steady
+
+
+def _broken() -> tuple[nn.Module, tuple[Any, ...]]:
+    raise RuntimeError("no such op")
+
+
+def test_a_kernel_that_cannot_be_built_is_named(table: LatencyTable) -> None:
+    with pytest.raises(
+        LatencyError, match=r"kernel odd can't be run on the back-end 'simulated': .*no such op"
+    ):
+        measure_jobs([Job("odd", _broken)], Simulated(), table)
+
+
+def test_a_kernel_that_cannot_run_is_named(table: LatencyTable) -> None:
+    job = Job("odd", lambda: (nn.Linear(3, 3), (torch.zeros(1, 4),)))
+    with pytest.raises(LatencyError, match="kernel odd can't be run on the back-end 'torch'"):
+        measure_jobs([job], Torch(threads=1), table)
+
+
+def test_a_missing_package_is_told_as_it_is(table: LatencyTable) -> None:
+    def build() -> tuple[nn.Module, tuple[Any, ...]]:
+        raise DependencyError("run pip install it")
+
+    with pytest.raises(DependencyError, match=r"^run pip install it$"):
+        measure_jobs([Job("k", build)], Simulated(), table)
+
+
+def test_the_analytic_backend_measures_nothing(table: LatencyTable) -> None:
+    with pytest.raises(LatencyError, match="computes costs"):
+        measure_jobs(Builds(1).jobs, Analytic(), table)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_global_settings_come_back(table: LatencyTable, fails: bool) -> None:
+    def build() -> tuple[nn.Module, tuple[Any, ...]]:
+        random.random()
+        np.random.random()  # noqa: NPY002
+        torch.rand(1)
+        torch.set_num_threads(2)
+        torch.set_grad_enabled(False)
+        return (nn.Linear(2, 2), (torch.zeros(1, 3 if fails else 2),))
+
+    def state() -> tuple[Any, ...]:
+        numpy = np.random.get_state(legacy=True)  # noqa: NPY002
+        return (
+            random.getstate(),
+            numpy[1].tolist(),  # type: ignore[index]
+            torch.get_rng_state().tolist(),
+            torch.get_num_threads(),
+            torch.is_grad_enabled(),
+            gc.isenabled(),
+        )
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        before = state()
+        backend = Torch(threads=1, samples=2, min_sample_ms=0.01)
+        try:
+            measure_jobs([Job("k", build)], backend, table)
+        except LatencyError:
+            assert fails
+        assert state() == before
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_network_is_measured_whole() -> None:
+    assert measure_network(Fixed(7.0), (), Simulated()) == Timing(7.0, 0.0, 4)
+    assert measure_network(Fixed(7.0), (), Simulated(), samples=3) == Timing(7.0, 0.0, 3)
+
+
+def test_two_networks_are_measured_in_turn() -> None:
+    backend = Simulated()
+    a, b = measure_paired(Fixed(7.0), Fixed(5.0), backend, (), (), rounds=6)
+    assert (a, b) == (Timing(7.0, 0.0, 6), Timing(5.0, 0.0, 6))
+    assert backend.trace[-12:] == [7.0, 5.0] * 6
+
+
+def test_the_spread_is_half_the_interquartile_range() -> None:
+    speeds = iter([1.0] * 4 + [1.0, 2.0, 3.0, 4.0, 5.0])
+
+    class Uneven(Simulated):
+        def block_ms(self, run: Callable[[], None], calls: int) -> float:
+            return next(speeds) * calls
+
+    assert measure_network(Fixed(1.0), (), Uneven(samples=5)) == Timing(3.0, 1.0, 5)
+
+
+def test_no_samples_is_refused() -> None:
+    with pytest.raises(LatencyError, match="0 samples asked for"):
+        measure_network(Fixed(1.0), (), Simulated(), samples=0)
+
+
+class Minimal:
+    """The least that a back-end of one's own needs."""
+
+    name = "minimal"
+    measured = True
+    fuses = False
+    grad_modes: tuple[bool, ...] = ()
+
+    def fingerprint(self) -> str:
+        return "{}"
+
+    def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
+        def run() -> None:
+            self.grad_modes = (*self.grad_modes[:5], torch.is_grad_enabled())
+            module(*inputs)
+
+        return run
+
+
+def test_a_backend_of_ones_own_needs_no_clock() -> None:
+    backend = Minimal()
+    timing = measure_network(nn.Identity(), (torch.zeros(1),), backend, min_sample_ms=0.01)
+    assert timing.samples == 9
+    assert timing.median_ms > 0
+    assert not any(backend.grad_modes)

@@ -1,0 +1,218 @@
+"""Eager PyTorch as a back-end."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from halp_fx.errors import InputError
+from halp_fx.latency import Backend, BlockTimer, Torch, measure_network
+from halp_fx.latency import torch_backend as module_under_test
+
+QUICK = {"samples": 2, "min_sample_ms": 0.01}
+
+
+class Recorder(nn.Module):
+    """Keeps what it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.calls: list[dict[str, Any]] = []
+
+    def forward(self, x: Any, **options: Any) -> torch.Tensor:
+        tensor = x["x"][0] if isinstance(x, dict) else x
+        out = self.linear(tensor)
+        self.calls.append(
+            {
+                "training": self.training,
+                "grad": torch.is_grad_enabled(),
+                "inference": torch.is_inference_mode_enabled(),
+                "threads": torch.get_num_threads(),
+                "dtype": out.dtype,
+            }
+        )
+        return out
+
+
+def test_it_is_a_backend_that_measures() -> None:
+    backend = Torch()
+    assert isinstance(backend, Backend)
+    assert isinstance(backend, BlockTimer)
+    assert (backend.name, backend.measured, backend.fuses) == ("torch", True, False)
+
+
+def test_it_runs_in_eval_and_inference_mode_and_leaves_the_module_as_it_is() -> None:
+    recorder = Recorder().train()
+    backend = Torch(threads=1, **QUICK)  # type: ignore[arg-type]
+    run = backend.prepare(recorder, (torch.zeros(2, 3),))
+    assert recorder.training
+    assert recorder.calls == []
+    assert backend.block_ms(run, 3) > 0
+    assert recorder.calls == []  # a copy ran
+    assert recorder.linear.weight.dtype == torch.float32
+
+
+def test_a_module_in_eval_mode_is_not_copied() -> None:
+    recorder = Recorder().eval()
+    backend = Torch(threads=1)
+    run = backend.prepare(recorder, (torch.zeros(2, 3),))
+    backend.block_ms(run, 3)
+    assert (
+        recorder.calls
+        == [
+            {
+                "training": False,
+                "grad": False,
+                "inference": True,
+                "threads": 1,
+                "dtype": torch.float32,
+            }
+        ]
+        * 3
+    )
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_threads_are_set_and_restored() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        recorder = Recorder().eval()
+        backend = Torch(threads=2)
+        backend.block_ms(backend.prepare(recorder, (torch.zeros(2, 3),)), 1)
+        assert recorder.calls[0]["threads"] == 2
+        assert torch.get_num_threads() == 1
+
+        def fail() -> None:
+            raise RuntimeError("broken kernel")
+
+        with pytest.raises(RuntimeError, match="broken kernel"):
+            backend.block_ms(fail, 1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_are_fixed_when_it_is_made() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        backend = Torch()
+        text = backend.fingerprint()
+        torch.set_num_threads(2)
+        assert backend.threads == 1
+        assert backend.fingerprint() == text
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_type_is_applied_to_module_and_inputs_but_not_to_indices() -> None:
+    network = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3)).eval()
+    backend = Torch(threads=1, dtype=torch.float64)
+    backend.block_ms(backend.prepare(network, (torch.tensor([1, 2]),)), 1)
+    assert network[1].weight.dtype == torch.float32
+    seen: list[torch.dtype] = []
+    watched = nn.Identity().eval()
+    watched.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+    backend.block_ms(backend.prepare(watched, (torch.zeros(2),)), 1)
+    assert seen == [torch.float64]
+
+
+def test_inputs_may_be_nested() -> None:
+    recorder = Recorder().eval()
+    timing = measure_network(recorder, ({"x": [torch.zeros(2, 3)]},), Torch(threads=1, **QUICK))  # type: ignore[arg-type]
+    assert timing.samples == 2
+    assert timing.median_ms > 0
+
+
+def test_the_fingerprint_names_what_changes_a_latency() -> None:
+    fields = json.loads(Torch(threads=3, dtype=torch.bfloat16).fingerprint())
+    assert fields["backend"] == "torch"
+    assert fields["device"] == "cpu"
+    assert fields["threads"] == 3
+    assert fields["dtype"] == "bfloat16"
+    assert fields["torch"] == torch.__version__
+    assert {"cpu", "cores", "instructions", "system"} <= fields.keys()
+    assert Torch(threads=1).fingerprint() != Torch(threads=2).fingerprint()
+    assert Torch(threads=1, samples=3).fingerprint() == Torch(threads=1).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "toaster"}, 'device is \'toaster\': pass "cpu" or "cuda"'),
+        ({"threads": 0}, "threads is 0: pass a whole number"),
+        ({"threads": True}, "threads is True"),
+        ({"dtype": torch.int8}, "dtype is torch.int8: pass a floating point type"),
+        ({"samples": 0}, "samples is 0"),
+        ({"min_sample_ms": -1.0}, "min_sample_ms is -1.0: pass a finite number above 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Torch(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_a_missing_gpu_is_told() -> None:
+    for ask in (
+        lambda: Torch(device="cuda").fingerprint(),
+        lambda: Torch(device="cuda").prepare(nn.Identity(), ()),
+    ):
+        with pytest.raises(InputError, match="torch sees no CUDA device here"):
+            ask()
+
+
+class Event:
+    """Stands for a CUDA event: writes down what is done with it."""
+
+    log: list[str] = []  # noqa: RUF012
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.log.append("record")
+
+    def synchronize(self) -> None:
+        self.log.append("wait")
+
+    def elapsed_time(self, end: Event) -> float:
+        return 2.5
+
+
+def test_a_gpu_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Event.log = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append(f"wait {device}"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    backend = Torch(device="cuda:0")
+    assert backend.block_ms(lambda: log.append("run"), 3) == 2.5
+    assert log == ["wait cuda:0", "record", "run", "run", "run", "record", "wait"]
+
+
+def test_other_accelerators_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: log.append("wait"))
+    device = torch.device("mps")
+    ms = module_under_test._accelerator_ms(lambda: log.append("run"), 2, device)
+    assert ms > 0
+    assert log == ["wait", "run", "run", "wait"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_real_gpu() -> None:
+    backend = Torch(device="cuda")
+    fields = json.loads(backend.fingerprint())
+    assert fields["gpu"] == torch.cuda.get_device_name()
+    assert "threads" not in fields
+    convolution = nn.Conv2d(8, 8, 3)
+    timing = measure_network(convolution, (torch.zeros(1, 8, 16, 16),), backend)
+    assert timing.median_ms > 0
+    assert convolution.weight.device.type == "cpu"

@@ -1,0 +1,296 @@
+"""The command line `halp-fx`: groups, profile, prune and bench."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from halp_fx._version import __version__
+from halp_fx.errors import InputError
+from halp_fx.passes.groups import find_groups
+from halp_fx.passes.trace import trace
+from halp_fx.tools import bench, inspector, profiler
+from halp_fx.tools import prune as pruner
+from halp_fx.tools.console import DebugOption, HalpCommands, err, out, progress_bars
+from halp_fx.tools.models import load_model, parse_input
+
+__all__ = ["app", "main"]
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(
+    name="halp-fx",
+    cls=HalpCommands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings=_HELP,
+    help="Prunes torch.fx networks to a latency budget.",
+    epilog="MODEL is torchvision:resnet50, timm:resnet18 or package.module:factory.\n\n"
+    "Examples:\n\n"
+    "halp-fx groups torchvision:resnet50 --why layer1.0.conv3\n\n"
+    "halp-fx prune torchvision:resnet50 --pretrained --budget 0.5 -o out/",
+)
+bench_app = typer.Typer(
+    name="bench",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings=_HELP,
+    help="Measures this library's own speed.",
+    epilog="Examples:\n\nhalp-fx bench discover --runs 5 -o bench.csv",
+)
+app.add_typer(bench_app)
+
+
+class Format(StrEnum):
+    """How `halp-fx groups` prints."""
+
+    table = "table"
+    json = "json"
+    graphml = "graphml"
+    dot = "dot"
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="torchvision:NAME, timm:NAME or package.module:factory.",
+        show_default=False,
+    ),
+]
+InputOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="SHAPE",
+        help="Shape of an input, as 1x3x224x224 or 1x16:int64; again for the next input. "
+        "Default: what the model brings or expects.",
+    ),
+]
+PretrainedOption = Annotated[
+    bool, typer.Option("--pretrained", help="Load trained weights (torchvision, timm).")
+]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option("--weights", metavar="FILE", help="A safetensors file with the state_dict."),
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        out().print(f"halp-fx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Prunes torch.fx networks to a latency budget."""
+    del version
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "halp-fx groups torchvision:resnet50\n\n"
+    "halp-fx groups torchvision:resnet50 --why layer1.0.conv3\n\n"
+    "halp-fx groups torchvision:resnet50 --why layer1.0.conv3 --to layer1.2.conv3\n\n"
+    "halp-fx groups my_package.nets:make --input 2x3x64x64 --format json -o groups.json"
+)
+def groups(
+    model: ModelArgument,
+    why: Annotated[
+        str | None,
+        typer.Option(
+            "--why",
+            metavar="LAYER",
+            help="What a module or parameter is coupled with or pinned by, and where.",
+        ),
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="LAYER", help="With --why: only the path to this layer."),
+    ] = None,
+    form: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.table,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write here (json, graphml, dot)."),
+    ] = None,
+    shapes: InputOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Shows which channels stand or fall together, and which must stay."""
+    del debug
+    if to is not None and why is None:
+        raise InputError("--to names the end of a path; name its start with --why")
+    if why is not None and form is not Format.table:
+        raise InputError("--why prints a text; leave --format out")
+    if output is not None and form is Format.table:
+        raise InputError("--output is for --format json, graphml or dot")
+    network, example = _load(model, shapes)
+    found = find_groups(trace(network, example))
+    if why is not None:
+        for part in inspector.explain(found, why, to):
+            out().print(part)
+        return
+    if form is Format.table:
+        out().print(inspector.groups_table(found))
+        if found.pins or found.traced.opaque:
+            out().print(inspector.pins_table(found))
+        return
+    printers = {
+        Format.json: inspector.to_json,
+        Format.graphml: inspector.to_graphml,
+        Format.dot: inspector.to_dot,
+    }
+    text = printers[form](found)
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text, encoding="utf-8")
+    err().print(f"wrote {escape(str(output))}")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "halp-fx prune torchvision:resnet50 --pretrained --budget 0.5 -o out/\n\n"
+    "halp-fx prune torchvision:mobilenet_v2 --budget 4ms --latency onnxruntime -o out/\n\n"
+    "halp-fx prune my_package.nets:make --weights net.safetensors --budget 0.6 "
+    "--latency analytic -o out/"
+)
+def prune(
+    model: ModelArgument,
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget",
+            "-b",
+            help="Share of the dense latency (0.5) or a latency (4ms).",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for what is written."),
+    ] = Path("out"),
+    latency: Annotated[
+        str | None,
+        typer.Option(
+            "--latency",
+            help="analytic, torch, onnxruntime, or a table of halp-fx profile. "
+            "Default: measure this device.",
+        ),
+    ] = None,
+    onnx: Annotated[bool, typer.Option(help="Export and check an ONNX file.")] = True,
+    pretrained: PretrainedOption = False,
+    weights: WeightsOption = None,
+    shapes: InputOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Prunes a network without data; leaves weights, ONNX file and report in a folder.
+
+    With data, call halp_fx.compile from Python: the saliency is better, and you can fine-tune.
+    """
+    del debug
+    network, example = _load(model, shapes, pretrained=pretrained, weights=weights)
+    if not pretrained and weights is None and model.startswith(("torchvision:", "timm:")):
+        err().print("[yellow]note: random weights; give --pretrained or --weights FILE[/]")
+    pruner.prune(network, budget, example, output, latency=latency, onnx=onnx)
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "halp-fx profile torchvision:resnet50 --backend onnxruntime --threads 1 -o resnet50.sqlite\n\n"
+    "halp-fx profile torchvision:resnet50 --backend torch --device cuda -o resnet50.sqlite\n\n"
+    "halp-fx prune torchvision:resnet50 --budget 0.5 --latency resnet50.sqlite -o out/"
+)
+def profile(
+    model: ModelArgument,
+    backend: Annotated[
+        str, typer.Option("--backend", help="onnxruntime, torch, or analytic (shows, no table).")
+    ] = "onnxruntime",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The table, made or completed; a run that was cut off goes on where it was. "
+            "Default: the user's own table.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads of the back-end.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda, for the torch back-end.")
+    ] = None,
+    shapes: InputOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Measures what each width costs on this device; leaves a latency table."""
+    del debug
+    source = profiler.source_of(backend, output, threads=threads, device=device)
+    network, example = _load(model, shapes)
+    with progress_bars() as progress:
+        priced = profiler.profile(network, example, source, progress=progress)
+    out().print(profiler.kernel_table(priced))
+    if source.table is not None:
+        err().print(f"wrote {escape(source.table.path)}")
+
+
+@bench_app.command(
+    epilog="Examples:\n\n"
+    "halp-fx bench discover\n\n"
+    "halp-fx bench discover --models torchvision:resnet50,timm:resnet18 --runs 5 -o bench.csv"
+)
+def discover(
+    models: Annotated[
+        str, typer.Option("--models", help="Comma-separated models.", show_default=False)
+    ] = "",
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Runs; the median counts.")] = 3,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write a CSV file.")
+    ] = None,
+    shape: Annotated[
+        str, typer.Option("--input", metavar="SHAPE", help="Shape of the input.")
+    ] = "1x3x224x224",
+    debug: DebugOption = False,
+) -> None:
+    """Times trace, groups and rewrite, next to Torch-Pruning where that is installed."""
+    del debug
+    names = [name.strip() for name in models.split(",") if name.strip()]
+    input_shape = tuple(parse_input(shape).shape)
+    with progress_bars() as progress:
+        found = bench.discover(
+            names or bench.DEFAULT_MODELS, runs, input_shape=input_shape, progress=progress
+        )
+    out().print(bench.discovery_table(found))
+    if output is not None:
+        bench.write_csv(found, output)
+        err().print(f"wrote {escape(str(output))}")
+
+
+def _load(model: str, shapes: list[str] | None, **options: Any) -> tuple[Any, Any]:
+    network, example = load_model(model, **options)
+    if shapes:
+        example = tuple(parse_input(text) for text in shapes)
+    return network, example
+
+
+def main() -> None:
+    """Entry point of `halp-fx`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""`halp-fx prune`: a smaller network, its ONNX file and a report, in one folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+import halp_fx
+from halp_fx.errors import InputError
+from halp_fx.report import render_markdown, summarize, to_json
+from halp_fx.tools.console import err, out, progress_bars
+from halp_fx.types import Plan
+
+__all__ = ["budget_of", "prune", "summary_table", "write_report"]
+
+
+def budget_of(text: str) -> float | str:
+    """The budget as `halp_fx.compile` takes it: `0.5` is a share, anything else stays text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def prune(
+    model: nn.Module,
+    budget: str,
+    example_inputs: tuple[Any, ...] | None,
+    directory: Path,
+    *,
+    latency: str | None = None,
+    onnx: bool = True,
+) -> Plan:
+    """Prunes `model` without data and leaves what came out in `directory`.
+
+    Writes `model.safetensors`, `model.onnx` (unless `onnx` is False), `report.md`, `report.json`.
+
+    Raises:
+        HalpError: a stage failed; nothing has been written then, unless it was the export.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file; name a folder for the results")
+    if latency is not None and ("/" in latency or latency.endswith(".json")):
+        source: Any = Path(latency)
+        if not source.is_file():
+            raise InputError(f"there is no latency table {latency}; make one with halp-fx profile")
+    else:
+        source = latency
+    with progress_bars() as progress:
+        pruned = halp_fx.compile(
+            model, budget_of(budget), example_inputs, latency=source, progress=progress
+        )
+        plan = halp_fx.plan_of(pruned)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_report(plan, directory)
+        halp_fx.save(pruned, directory / "model.safetensors")
+        if onnx:
+            progress("export", 0, 1)
+            with torch.no_grad():
+                halp_fx.export_onnx(pruned, directory / "model.onnx")
+            progress("export", 1, 1)
+    out().print(summary_table(plan))
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith(("model.", "report.")):
+            out().print(f"wrote {escape(str(path))}")
+    err().print("[dim]The widths were chosen and kept without training: fine-tune before use.[/]")
+    return plan
+
+
+def write_report(plan: Plan, directory: Path) -> None:
+    """Leaves `report.md` and `report.json` in a folder that exists."""
+    (directory / "report.md").write_text(render_markdown(plan), encoding="utf-8")
+    (directory / "report.json").write_text(to_json(plan), encoding="utf-8")
+
+
+def summary_table(plan: Plan) -> Table:
+    """The figures of a plan in a few rows."""
+    summary = summarize(plan)
+    latency, parameters = summary["latency_ms"], summary["parameters"]
+    table = Table(title=f"{summary['model']}, pruned", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("dense latency by the table", f"{latency['dense']:.3f} ms")
+    table.add_row("pruned latency by the table", f"{latency['predicted']:.3f} ms")
+    budget, measured = latency["budget"], summary["measured_ms"]
+    if measured is not None:
+        table.add_row("dense latency measured", f"{measured['dense']:.3f} ms")
+        table.add_row("pruned latency measured", f"{measured['pruned']:.3f} ms")
+        budget = measured["budget"]
+    met = "[green]met[/]" if summary["met"] else "[red]missed[/]"
+    table.add_row(f"budget, {met}", f"{budget:.3f} ms")
+    table.add_row("channels scored by", summary["saliency"])
+    table.add_row("parameters", f"{parameters['dense']:,} -> {parameters['kept']:,}")
+    table.add_row("saliency kept", f"{100 * summary['value_kept']:.1f} %")
+    table.add_row("certified gap to the best choice", f"{100 * plan.gap:.2f} %")
+    return table
