@@ -27,10 +27,10 @@ def summarize(plan: Plan) -> dict[str, Any]:
     Returns:
         A dict that `json` can write: `model`, `saliency`, `data_free`, `latency_ms` (by the
         table), `measured_ms` (None where the network was not measured), `met` (by measurement, if
-        there is one), `gap`, `value_kept`, `solver`, `parameters`, `groups`, `pins`, `opaque` and
-        `facts` (what the stages noted).
+        there is one), `gap`, `value_kept`, `solver`, `state_size` (numbers in the state
+        dict), `groups`, `pins`, `opaque` and `facts` (what the stages noted).
     """
-    dense, kept = _parameter_counts(plan)
+    dense, kept = _state_size(plan)
     groups = [
         {
             "name": group.name,
@@ -55,7 +55,7 @@ def summarize(plan: Plan) -> dict[str, Any]:
         "gap": plan.gap,
         "value_kept": plan.value / plan.dense_value if plan.dense_value else 0.0,
         "solver": plan.solver,
-        "parameters": {"dense": dense, "kept": kept},
+        "state_size": {"dense": dense, "kept": kept},
         "groups": groups,
         "pins": _merge_pins(plan.groups.pins),
         "opaque": dict(sorted(plan.groups.traced.opaque.items())),
@@ -102,16 +102,16 @@ def _measured(facts: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _parameter_counts(plan: Plan) -> tuple[int, int]:
+def _state_size(plan: Plan) -> tuple[int, int]:
     dense = kept = 0
-    for name, parameter in plan.groups.traced.module.named_parameters():
-        dense += parameter.numel()
-        survive = plan.kept.get(name, (None,) * parameter.dim())
-        if len(survive) == parameter.dim():  # else it is gone
-            kept += math.prod(
-                size if index is None else len(index)
-                for size, index in zip(parameter.shape, survive, strict=True)
-            )
+    for name, spec in plan.groups.parameters.items():
+        shape = spec.dense_shape
+        dense += math.prod(shape)
+        survive = plan.kept.get(name, (None,) * len(shape))
+        kept += math.prod(
+            size if index is None else len(index)
+            for size, index in zip(shape, survive, strict=True)
+        )
     return dense, kept
 
 
@@ -151,7 +151,7 @@ def _verdict(summary: Mapping[str, Any]) -> str:
 
 
 def _size_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    latency, parameters, groups = summary["latency_ms"], summary["parameters"], summary["groups"]
+    latency, state, groups = summary["latency_ms"], summary["state_size"], summary["groups"]
     units = sum(group["units"] for group in groups)
     kept = sum(group["kept"] for group in groups)
     rows = [
@@ -168,10 +168,10 @@ def _size_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return [
         *rows,
         (
-            "parameters",
-            f"{parameters['dense']:,}",
-            f"{parameters['kept']:,}",
-            _ratio(parameters["kept"], parameters["dense"]),
+            "numbers in the state dict",
+            f"{state['dense']:,}",
+            f"{state['kept']:,}",
+            _ratio(state["kept"], state["dense"]),
         ),
         ("channel units that may go", f"{units:,}", f"{kept:,}", _ratio(kept, units)),
     ]

@@ -86,7 +86,9 @@ class _Found:
         # A group of which nothing can go is no group: its channels stay.
         sizes = np.bincount(group_of[group_of >= 0], minlength=len(least))
         self.alone = (sizes <= least) & (sizes > 0)
-        stuck = (group_of >= 0) & self.alone[group_of]
+        stuck = np.zeros(run.size, dtype=bool)
+        grouped = group_of >= 0
+        stuck[grouped] = self.alone[group_of[grouped]]
         self.stuck = stuck
         components = np.where(stuck[components], FIXED, components)
         group_of = np.where(stuck, -1, group_of)

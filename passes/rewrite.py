@@ -16,7 +16,7 @@ from halp_fx.errors import RewriteError
 from halp_fx.passes.rules.core import StructureError
 from halp_fx.passes.rules.plan import BoolArray, alive_labels
 from halp_fx.passes.rules.shrink import Labelled, shrink
-from halp_fx.passes.rules.structure import named_tensors, structural_copy
+from halp_fx.passes.rules.structure import named_tensors
 from halp_fx.types import Plan
 
 __all__ = ["rewrite"]
@@ -39,8 +39,9 @@ def rewrite(plan: Plan) -> fx.GraphModule:
             f"{traced.model_name} can't be shrunk as planned: {error}. This should not happen: "
             "please report it; excluding the channels around that node avoids it"
         ) from error
-    _fill(module, labelled, alive)
-    _add_unreached(module, traced.root)
+    cut = _fill(module, labelled, alive)
+    _add_unreached(module, traced.root, cut)
+    _restore_persistence(module, traced.root)
     _restore_order(module, traced.root)
     for path, part in module.named_modules():
         part.training = traced.training.get(path, traced.training[""])
@@ -52,8 +53,12 @@ def rewrite(plan: Plan) -> fx.GraphModule:
     return module
 
 
-def _fill(module: fx.GraphModule, labelled: Labelled, alive: BoolArray) -> None:
-    """Put the surviving slices of the dense tensors where the empty ones are."""
+def _fill(module: fx.GraphModule, labelled: Labelled, alive: BoolArray) -> dict[int, torch.Tensor]:
+    """Put the surviving slices of the dense tensors where the empty ones are.
+
+    Returns:
+        id of a dense tensor -> its surviving slice.
+    """
     done: dict[int, torch.Tensor] = {}
     for name, dense in named_tensors(labelled.traced.module):
         if id(dense) not in done:
@@ -73,19 +78,21 @@ def _fill(module: fx.GraphModule, labelled: Labelled, alive: BoolArray) -> None:
         owner._parameters.pop(leaf, None)
         owner._buffers.pop(leaf, None)
         store[leaf] = done[id(dense)]  # type: ignore[assignment]
+    return done
 
 
-def _add_unreached(module: fx.GraphModule, root: nn.Module) -> None:
+def _add_unreached(
+    module: fx.GraphModule, root: nn.Module, cut: dict[int, torch.Tensor]
+) -> None:
     """Carry over, whole, the state that the graph never reads (heads used only in training)."""
     present = {name for name, _ in named_tensors(module)}
     missing = [name for name, _ in named_tensors(root) if name not in present]
     if not missing:
         return
-    source = structural_copy(root)
-    clones: dict[int, torch.Tensor] = {}
+    clones = dict(cut)  # a tensor under a second name stays shared
     for name in missing:
         path, _, leaf = name.rpartition(".")
-        owner, original = module, source.get_submodule(path)
+        owner, original = module, root.get_submodule(path)
         for step in path.split(".") if path else []:
             if step not in owner._modules:
                 owner.add_module(step, nn.Module())
@@ -102,6 +109,17 @@ def _add_unreached(module: fx.GraphModule, root: nn.Module) -> None:
         else:
             persistent = leaf not in original._non_persistent_buffers_set
             owner.register_buffer(leaf, clones[id(tensor)], persistent=persistent)
+
+
+def _restore_persistence(module: fx.GraphModule, root: nn.Module) -> None:
+    """Buffers in the state dict are those of the model's; constants of the graph are not."""
+    saved = set(root.state_dict(keep_vars=True))
+    for path, part in module.named_modules():
+        for leaf in part._buffers:
+            name = f"{path}.{leaf}" if path else leaf
+            part._non_persistent_buffers_set.discard(leaf)
+            if name not in saved:
+                part._non_persistent_buffers_set.add(leaf)
 
 
 def _restore_order(module: nn.Module, root: nn.Module) -> None:

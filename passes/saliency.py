@@ -21,6 +21,7 @@ from halp_fx.types import ChannelGroups, FloatArray, Group, Saliency
 
 __all__ = ["score"]
 
+_FEW = 4  # units below which a group may be worth nothing: a few dead channels are common
 Loss = Callable[[Any, Any], torch.Tensor]
 Progress = Callable[[int, int], None]
 
@@ -184,8 +185,9 @@ def _sum_of_products(tensor: torch.Tensor, dim: int, index: Any) -> FloatArray:
     """Sum of `W * dW` over all that each unit owns, float64 (units,)."""
     if tensor.grad is None:
         return np.zeros(len(index))
-    product = (tensor.detach().double() * tensor.grad.double()).movedim(dim, 0).flatten(1).sum(1)
-    summed: FloatArray = product.cpu().numpy()[index].sum(axis=1)
+    product = (tensor.detach().double() * tensor.grad.double()).movedim(dim, 0)
+    rows = product.reshape(product.shape[0], -1).sum(1)
+    summed: FloatArray = rows.cpu().numpy()[index].sum(axis=1)
     return summed
 
 
@@ -201,7 +203,8 @@ def _magnitude(groups: ChannelGroups) -> list[FloatArray]:
             tensor = tensors[member.name].detach().double()
             if not tensors[member.name].is_floating_point():
                 continue
-            norm = tensor.movedim(member.dim, 0).flatten(1).square().sum(1).cpu().numpy()
+            rows = tensor.movedim(member.dim, 0).reshape(tensor.shape[member.dim], -1)
+            norm = rows.square().sum(1).cpu().numpy()
             factor = scale.get(member.name)
             if factor is not None and member.dim == 0 and factor.shape == norm.shape:
                 norm = norm * factor**2
@@ -264,9 +267,11 @@ def _checked(
             )
         if (values < 0).any():
             raise SaliencyError(f"the saliency of group {group.name!r} has negative values")
-        if not values.any():
+        if not values.any() and group.units >= _FEW:
             raise SaliencyError(
                 f"the saliency of group {group.name!r} is zero for all its {group.units} units: "
                 "check that data and loss reach it (zero weights, dead units, zero gradients)"
             )
+    if not any(values.any() for values in scores):
+        raise SaliencyError("the saliency is zero for every unit of every group")
     return Saliency(tuple(scores), method, data_free)

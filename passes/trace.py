@@ -7,16 +7,13 @@ Ensures: the graph gives the model's outputs; module names, and with them the ke
 
 from __future__ import annotations
 
-import inspect
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from halp_fx.errors import InputError, TraceError
-from halp_fx.passes.rules.attention import expand_attention
 from halp_fx.passes.rules.core import OnMeta, tensors_in
 from halp_fx.passes.rules.structure import (
     empty_like,
@@ -24,18 +21,10 @@ from halp_fx.passes.rules.structure import (
     substitute_copy,
     without_data,
 )
+from halp_fx.passes.rules.tracer import Tracer
 from halp_fx.types import Traced
 
 __all__ = ["trace"]
-
-_OPENED = (
-    nn.TransformerEncoder,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoder,
-    nn.TransformerDecoderLayer,
-    nn.Transformer,
-)
-
 
 def trace(model: nn.Module, example_inputs: Any = None) -> Traced:
     """Trace `model` into a graph and run it once on the example.
@@ -75,73 +64,13 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Traced:
     )
 
 
-class _Tracer(fx.Tracer):
-    """Keeps torch.nn modules as leaves, opens attention, remembers where tracing broke."""
-
-    def __init__(self, opaque: Mapping[str, str], given: int) -> None:
-        super().__init__()
-        self.proxy_buffer_attributes = True  # a buffer may hold one value a channel
-        self.record_stack_traces = True
-        self.opaque = opaque
-        self.given = given
-        self.broken: tuple[str, Exception] | None = None
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.opaque:
-            return True
-        if isinstance(m, _OPENED):
-            return False
-        return super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(
-        self,
-        m: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        path = self.path_of_module(m)
-        try:
-            if isinstance(m, nn.MultiheadAttention) and path not in self.opaque:
-                opened = expand_attention(m, args, kwargs)
-                if opened is not None:
-                    return opened
-            return super().call_module(m, forward, args, kwargs)
-        except Exception as error:
-            if self.broken is None:
-                self.broken = (path, error)
-            raise
-
-    def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
-        """Inputs that the example leaves out keep their defaults, and the graph insists on it."""
-        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        parameters = [
-            p
-            for p in inspect.signature(root_fn).parameters.values()
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ][1:]
-        for i, parameter in enumerate(parameters[self.given :], start=1 + self.given):
-            if parameter.default is parameter.empty or i >= len(args):
-                continue
-            default = parameter.default
-            compare = operator.is_ if default is None else operator.eq
-            if default is None or isinstance(default, (bool, int, float, str)):
-                same = self.create_proxy("call_function", compare, (args[i], default), {})
-                text = f"the graph was traced with {parameter.name}={default!r}"
-                self.create_proxy("call_function", torch._assert, (same, text), {})
-                args[i] = default
-        return function, args
-
-
 def _trace_graph(
     root: nn.Module, inputs: tuple[Any, ...], name: str
 ) -> tuple[fx.Graph, dict[str, str]]:
     """Trace, holding whole as a leaf each module that can't be traced."""
     opaque: dict[str, str] = {}
     while True:
-        tracer = _Tracer(opaque, len(inputs))
+        tracer = Tracer(inputs, opaque)
         try:
             return tracer.trace(root), opaque
         except Exception as error:
@@ -169,7 +98,7 @@ def _link_training_flags(
     """
     twin = structural_copy(model).train()
     try:
-        other = _Tracer(opaque, len(inputs)).trace(twin)
+        other = Tracer(inputs, opaque).trace(twin)
     except Exception:
         return
     pairs = list(zip(graph.nodes, other.nodes, strict=False))

@@ -62,7 +62,9 @@ class Discovery:
     trace_s: float
     groups_s: float
     rewrite_s: float
-    torch_pruning_s: float | None  # building its dependency graph; None: not installed, or failed
+    # Building its dependency graph, which does what trace and groups do; None: not installed, or
+    # it failed.
+    torch_pruning_s: float | None
     groups: int  # groups found
     parameters: int
     note: str = ""  # what failed, if something did
@@ -143,7 +145,7 @@ def _discover(
     latency = price(groups, Source(Analytic(), None))
     plan = select(groups, score(groups), latency, 0.5 * latency.dense_ms)
     steps: dict[str, list[float]] = {"trace": [], "groups": [], "rewrite": [], "peer": []}
-    note = ""
+    note = _time_peer([], model, inputs)  # warms it up, as the lines above do for our passes
     for run in range(runs):
         if progress is not None:
             progress(name, run, runs)

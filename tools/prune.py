@@ -81,7 +81,7 @@ def write_report(plan: Plan, directory: Path) -> None:
 def summary_table(plan: Plan) -> Table:
     """The figures of a plan in a few rows."""
     summary = summarize(plan)
-    latency, parameters = summary["latency_ms"], summary["parameters"]
+    latency, state = summary["latency_ms"], summary["state_size"]
     table = Table(title=f"{summary['model']}, pruned", show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -95,7 +95,7 @@ def summary_table(plan: Plan) -> Table:
     met = "[green]met[/]" if summary["met"] else "[red]missed[/]"
     table.add_row(f"budget, {met}", f"{budget:.3f} ms")
     table.add_row("channels scored by", summary["saliency"])
-    table.add_row("parameters", f"{parameters['dense']:,} -> {parameters['kept']:,}")
+    table.add_row("numbers in the state dict", f"{state['dense']:,} -> {state['kept']:,}")
     table.add_row("saliency kept", f"{100 * summary['value_kept']:.1f} %")
     table.add_row("certified gap to the best choice", f"{100 * plan.gap:.2f} %")
     return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from halp_fx.knapsack.model import IntArray, Problem
+from halp_fx.knapsack.model import FloatArray, IntArray, Problem
 
 __all__ = ["Moves"]
 
@@ -17,6 +17,7 @@ class Moves:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         sizes = np.asarray([v.size for v in problem.values])
+        self.count = sizes
         self.variable = np.repeat(np.arange(sizes.size), sizes)  # (levels,) of each flat level
         self.level = np.concatenate([np.arange(n) for n in sizes])
         self.value = np.concatenate(problem.values)
@@ -68,7 +69,7 @@ class Moves:
             levels = better
 
     def _improve_pair(
-        self, levels: IntArray, gain: np.ndarray, extra: np.ndarray, cost: float, budget: float
+        self, levels: IntArray, gain: FloatArray, extra: FloatArray, cost: float, budget: float
     ) -> IntArray | None:
         tolerance = 1e-12 * float(np.abs(self.value[np.isfinite(self.value)]).max(initial=0.0))
         best_gain, best = tolerance, None
@@ -100,23 +101,30 @@ class Moves:
         """Levels within the budget, by the cheapest steps down; None if it gets stuck."""
         levels = levels.copy()
         flat = np.arange(self.level.size)
-        for _ in range(4 * len(self.problem.values)):
+        first = self.problem.offsets[:-1]
+        for _ in range(4 * first.size):
             cost = float(self.problem.costs(levels[None])[0])
             if cost <= budget:
                 return levels
-            current = self.value[self.problem.offsets[:-1] + levels]
-            gain = self.value - current[self.variable]
-            moved = self._with(levels, flat)
-            costs = self.problem.costs(moved)
-            if np.isinf(cost):
-                saved = np.where(np.isfinite(costs), 1.0, 0.0)
-            else:
-                # What goes below the budget is worth nothing.
-                saved = np.minimum(cost - costs, cost - budget)
-            use = (saved > 0) & np.isfinite(gain)
-            if not use.any():
+            gain = self.value - self.value[first + levels][self.variable]
+            costs = self.problem.costs(self._with(levels, flat))
+            # What goes below the budget is worth nothing.
+            excess = cost - budget
+            saved = np.minimum(cost - costs, excess) if np.isfinite(cost) else np.isfinite(costs)
+            worth = np.full(flat.size, -np.inf)
+            np.divide(gain, saved, out=worth, where=(saved > 0) & np.isfinite(gain))
+            best = np.maximum.reduceat(worth, first)
+            order = [v for v in np.argsort(-best, kind="stable") if best[v] > -np.inf]
+            if not order:
                 return None
-            with np.errstate(divide="ignore", invalid="ignore"):
-                worth = np.where(use, gain / saved, -np.inf)
-            levels = moved[int(worth.argmax())]
+            moves = [first[v] + int(worth[first[v] :][: self.count[v]].argmax()) for v in order]
+            # Several at once while far from the budget, if they get along.
+            enough = int(np.searchsorted(np.cumsum(saved[moves]), excess / 2)) + 1
+            bundle = levels.copy()
+            for m in moves[:enough]:
+                bundle[self.variable[m]] = self.level[m]
+            if not float(self.problem.costs(bundle[None])[0]) < cost:
+                bundle = levels.copy()
+                bundle[self.variable[moves[0]]] = self.level[moves[0]]
+            levels = bundle
         return None

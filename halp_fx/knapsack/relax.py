@@ -28,6 +28,7 @@ PART = 10  # components, which are evaluated far more often, get this share of t
 BATCH_ENTRIES = 6_000_000  # entries of all tables of a batch: what memory and caches bear
 ROUNDS = 150  # subgradient steps when there are several components
 OFFER_EVERY = 15  # of them, between looks at the solutions met
+PRICE_PACE = 30.0  # a miss of the budget by the span counts as this many copies that disagree
 STEP_WORK = 2_000  # entries that take as long as the fixed part of one step of an elimination
 
 
@@ -147,9 +148,11 @@ class Relaxation:
         return np.concatenate([first, last])
 
     def tune(
-        self, price: float, budget: float, offer: Callable[[IntArray, float], float]
+        self, price: float, budget: float, span: float, offer: Callable[[IntArray, float], float]
     ) -> tuple[float, float]:
         """Improve the shares and the price by Polyak steps; return the least bound, its price.
+
+        `span` is the range of costs, which sets how far the price moves against the shares.
 
         `offer(levels, bound)` is told now and then what was met, and answers with the best value
         known: the steps aim at it. An answer of +inf ends the tuning.
@@ -185,13 +188,13 @@ class Relaxation:
             chosen *= owned
             pull = chosen - owned * (chosen.sum(axis=0) / owners)
             slope = float(budget - found.cost[0])
-            unit = max(price, 1e-300) / max(abs(budget), 1e-300)  # of a step in the price
-            norm = float((pull**2).sum()) + unit * slope**2
+            slope *= PRICE_PACE / span
+            norm = float((pull**2).sum()) + slope**2
             if norm == 0:
                 break
             aim = target if np.isfinite(target) else bound - 0.05 * abs(bound)
             step = reach * max(bound - aim, 1e-9 * abs(bound)) / norm
-            price = max(price - step * unit * slope, 0.0)
+            price = max(price - step * slope * PRICE_PACE / span, 0.0)
             self.shares = [s - step * p for s, p in zip(self.shares, pull, strict=True)]
         self.shares = best_shares
         return best, best_price

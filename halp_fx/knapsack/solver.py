@@ -24,7 +24,7 @@ from halp_fx.knapsack.relax import Relaxation
 
 __all__ = ["Solution", "solve"]
 
-WORK = 1.5e9  # table entries computed before the search gives up on the gap
+WORK = 6e8  # table entries computed before the search gives up on the gap
 ROUNDING = 1e-12  # relative: sums of the same costs in another order may differ by this
 SECANTS = 60  # prices tried for the whole problem; a handful is enough in practice
 
@@ -139,7 +139,7 @@ def _check_feasible(
             "the least cost itself is not known): raise it",
             least=least,
         )
-    incumbent.offer(cheapest[None], repair=True)
+    incumbent.offer(cheapest[None], repair=not relaxation.exact)
 
 
 def _root(
@@ -149,7 +149,7 @@ def _root(
     problem, budget = relaxation.problem, incumbent.budget
     everything = np.ones((1, problem.offsets[-1]), dtype=np.bool_)
     free = relaxation.evaluate(np.zeros(1), everything)
-    incumbent.offer(relaxation.proposals(free), repair=True)
+    incumbent.offer(relaxation.proposals(free), repair=not relaxation.exact)
     high = (float(free.upper[0]), float(free.cost[0]))
     box = Box(high[0], 0.0, everything[0])
     if high[1] <= budget and relaxation.exact:
@@ -163,7 +163,8 @@ def _root(
             done = bound <= threshold(incumbent.value, gap) or clock.over
             return math.inf if done else incumbent.value
 
-        box.bound, box.price = relaxation.tune(price, budget, offer)
+        span = high[1] - low[1] if high[1] > low[1] else max(abs(budget), abs(high[1]), 1e-300)
+        box.bound, box.price = relaxation.tune(price, budget, span, offer)
         return box
     box.below, box.line_below, box.above, box.line_above = cheapest, low, free.levels[0][0], high
     box.price = best = price
@@ -178,6 +179,6 @@ def _root(
         box.update(float(found.upper[0]), float(found.cost[0]), found.levels[0][0], budget)
         if abs(box.price - before) <= 1e-12 * abs(before):
             break
-    incumbent.offer(np.concatenate(met), polish=3, repair=True)
+    incumbent.offer(np.concatenate(met), polish=3)
     box.price = best
     return box

@@ -118,6 +118,25 @@ def _multiply(
     return result
 
 
+@register("_trilinear")
+def trilinear(run: LabelRun, call: OpCall) -> None:
+    """Product of three tensors, broadcast after new dims are put in, summed over some dims."""
+    operands, summed = [], set(call.args[6])
+    rank = call.args[0].ndim + len(call.args[3])
+    for tensor, new in zip(call.args[:3], call.args[3:6], strict=True):
+        own = iter(range(tensor.ndim))
+        operands.append((tensor, [None if d in new else next(own) for d in range(rank)]))
+    result: dict[int, IntArray | None] = {}
+    for dim in range(rank):
+        present = [(t, place[dim]) for t, place in operands if place[dim] is not None]
+        vectors = [labels_of(t).get(own) for t, own in present if t.shape[own] > 1]
+        for vector in vectors[1:]:
+            run.tie(vectors[0], vector, _READS_FIXED)
+        if dim not in summed and vectors:
+            result[dim - sum(1 for s in summed if s < dim)] = vectors[0]
+    set_labels(call.out, result)
+
+
 @register(
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",

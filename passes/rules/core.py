@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halp_fx.types import IntArray
@@ -24,6 +25,7 @@ from halp_fx.types import IntArray
 __all__ = [
     "FIXED",
     "Block",
+    "FunctionMode",
     "LabelMode",
     "LabelRun",
     "OnMeta",
@@ -221,6 +223,8 @@ class LabelRun:
             assert only is not None
             self.pin(only, reason or "meets a dim that can't shrink")
             return
+        if self.checking and min(left.size, right.size) <= 1:
+            return  # a dim cut down to one slice says nothing about the order of channels
         left, right = np.broadcast_arrays(left, right)
         differ = left != right
         if not differ.any():
@@ -257,17 +261,20 @@ class LabelRun:
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operator on tensors without data, then its rule."""
         out = func(*args, **_on_meta(func, kwargs))
-        self.op = func.overloadpacket.__name__
-        call = OpCall(func, args, kwargs, out)
+        self.follow(OpCall(func, args, kwargs, out))
+        return out
+
+    def follow(self, call: OpCall) -> None:
+        """Apply the rule of an operator that ran."""
+        self.op = call.name
         if any(labels_of(t) for t in call.tensors()):
-            rule = rule_for(func)
+            rule = rule_for(call.func)
             if rule is None:
                 self.pin_all(call, f"no rule for the operator {self.op!r}")
             else:
                 rule(self, call)
         if self.observer is not None:
             self.observer(call)
-        return out
 
     def pin_all(self, call: OpCall, reason: str) -> None:
         """The fall-back: nothing is known, so every channel that goes in must stay."""
@@ -289,6 +296,28 @@ class LabelMode(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return self.run.call(func, args, kwargs or {})
+
+
+class FunctionMode(TorchFunctionMode):
+    """Keeps whole some functions that would come apart into operators without a rule."""
+
+    def __init__(self, run: LabelRun) -> None:
+        super().__init__()
+        self.run = run
+
+    def __torch_function__(  # noqa: D105
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        operator = _WHOLE.get(func)
+        if operator is None or not isinstance(args[0], torch.Tensor):
+            return func(*args, **(kwargs or {}))
+        out = torch.empty_like(args[0], device="meta")
+        self.run.follow(OpCall(operator, args, kwargs or {}, out))
+        return out
+
+
+# Function that gives a tensor like its first argument -> the operator that stands for it.
+_WHOLE = {torch.rms_norm: torch.ops.aten.rms_norm.default}
 
 
 class OnMeta(TorchDispatchMode):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
 import halp_fx.passes.rules  # noqa: F401  (registers the rules)
-from halp_fx.passes.rules.core import LabelMode, LabelRun, labels_of, set_labels, tensors_in
+from halp_fx.passes.rules.core import FunctionMode, LabelMode, LabelRun, labels_of, set_labels, tensors_in
 from halp_fx.passes.rules.structure import empty_like, named_tensors, substitute_copy
 from halp_fx.types import IntArray, Traced
 
@@ -78,7 +80,7 @@ class LabelInterpreter(fx.Interpreter):
             fresh(self.traced.values[n.name]) for n in self.module.graph.nodes  # type: ignore
             if n.op == "placeholder"
         ]  # fmt: skip
-        with torch.no_grad(), LabelMode(self.labels):
+        with torch.no_grad(), LabelMode(self.labels), FunctionMode(self.labels):
             self.run(*inputs)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -91,6 +93,13 @@ class LabelInterpreter(fx.Interpreter):
                 new._halp_values = values  # type: ignore[attr-defined]
         self.snapshots[n.name] = snapshot(value)
         return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is operator.getitem and isinstance(args[0], torch.Tensor):
+            item = args[1]
+            known = tuple(map(_known_index, item)) if isinstance(item, tuple) else item
+            args = (args[0], known if isinstance(item, tuple) else _known_index(item))
+        return super().call_function(target, args, kwargs)
 
     def value_of(self, n: fx.Node) -> Any:
         """Run one node; what can't run without data pins its channels."""
@@ -105,7 +114,11 @@ class LabelInterpreter(fx.Interpreter):
             reason = f"the module {n.target!r} could not be traced"
             return self.hold(n, f"{reason} ({self.traced.opaque[str(n.target)]})")
         try:
-            return super().run_node(n)
+            value = super().run_node(n)
+            if (kind := _unknown_object(value)) is not None:
+                for tensor in self.tensors_into(n):
+                    self.labels.pin_tensor(tensor, f"goes into an object of type {kind}")
+            return value
         except Exception as error:
             first = str(error).strip().splitlines()[:1]
             return self.hold(n, f"can't be run without data: {type(error).__name__} {first}")
@@ -123,6 +136,30 @@ class LabelInterpreter(fx.Interpreter):
         if n.op == "call_module":
             for _, tensor in named_tensors(self.fetch_attr(str(n.target))):
                 yield tensor
+
+
+def _known_index(item: Any) -> Any:
+    """A list of positions as an index tensor whose values are known."""
+    if not isinstance(item, list) or not all(type(i) is int for i in item):
+        return item
+    index = torch.empty(len(item), dtype=torch.int64, device="meta")
+    index._halp_values = np.array(item, dtype=np.int64)  # type: ignore[attr-defined]
+    return index
+
+
+_PLAIN = (int, float, complex, str, bytes, type(None), type(Ellipsis), slice, range, torch.Tensor,
+          torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format)  # fmt: skip
+
+
+def _unknown_object(value: Any) -> str | None:
+    """Type of an object in a nest that may hide tensors, or None."""
+    if isinstance(value, _PLAIN):
+        return None
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return next((kind for v in value if (kind := _unknown_object(v)) is not None), None)
+    return type(value).__name__
 
 
 def label_discovery(

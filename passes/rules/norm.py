@@ -43,9 +43,9 @@ def batch_norm(run: LabelRun, call: OpCall) -> None:
 @register("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
 def layer_norm(run: LabelRun, call: OpCall) -> None:
     """Statistics over the last dims: removing channels changes them (or pins, when exact)."""
-    source, shape = call.args[:2]
+    source, shape = call.args[0], call.arg(1, "normalized_shape")
     labels = dict(labels_of(source))
-    affine = [t for t in call.args[2:4] if isinstance(t, torch.Tensor)]
+    affine = [t for t in call.tensors()[1:] if t.ndim == len(shape)]
     first = source.ndim - len(shape)
     for dim in range(first, source.ndim):
         vector = labels.get(dim)

@@ -32,14 +32,12 @@ def kept_indices(
     """`Plan.kept` for a choice of units: parameter or buffer -> survivors along each dim."""
     alive = alive_labels(groups, units)
     kept: dict[str, tuple[torch.Tensor | None, ...]] = {}
-    for name, tensor in named_tensors(groups.traced.module):
-        own = groups.labelled.own[id(tensor)]
+    for name, tensor in named_tensors(groups.traced.root):
+        own = groups.labelled.own.get(id(tensor), {})  # none: the graph never reads it
         dims: list[torch.Tensor | None] = []
         for dim in range(tensor.ndim):
             survive = alive[own[dim]] if dim in own else np.ones(1, dtype=bool)
             whole = bool(survive.all())
             dims.append(None if whole else torch.from_numpy(np.flatnonzero(survive)))
         kept[name] = tuple(dims)
-    for name, tensor in named_tensors(groups.traced.root):
-        kept.setdefault(name, (None,) * tensor.ndim)
     return kept

@@ -62,13 +62,13 @@ def join(
     """
     labels: dict[int, IntArray] = {}
     for dim in range(len(shape) if dims is None else dims):
-        if shape[dim] <= 1:
+        if shape[dim] <= 1 and not run.checking:
             continue
         first: IntArray | None = None
         meeting: list[IntArray | None] = []
         for operand in operands:
             own = dim - (len(shape) - operand.ndim)
-            if own < 0 or operand.shape[own] == 1:
+            if own < 0 or operand.shape[own] != shape[dim]:
                 continue
             vector = labels_of(operand).get(own)
             meeting.append(vector)

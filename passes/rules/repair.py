@@ -183,7 +183,7 @@ def _pieces(
     node.kwargs = {}
 
 
-@_handles(operator.getitem)
+@_handles(operator.getitem, operator.setitem)
 def _getitem(
     node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], shrunk: Shrunk
 ) -> None:
@@ -206,7 +206,8 @@ def _getitem(
             new[k] = _moved_item(item, given[k], evaluated[k], source, dim, shrunk)
         dim += 1
     if any(a is not b for a, b in zip(new, given, strict=True)):
-        node.args = (node.args[0], tuple(new) if isinstance(node.args[1], tuple) else new[0])
+        item = tuple(new) if isinstance(node.args[1], tuple) else new[0]
+        node.args = (node.args[0], item, *node.args[2:])
 
 
 def _moved_item(
@@ -253,9 +254,11 @@ def _picked(
         return
     dim = dense[2] if name == "roll" else dense[1]
     if name == "roll" and isinstance(dim, (tuple, list)):
-        if len(dim) > 1:
+        labelled = [d for d in dim if d % len(source.shape) in source.labels]
+        if len(labelled) != 1:
             return
-        dim = dim[0]
+        _roll_others(node, dense, list(dim), dim.index(labelled[0]))
+        dense[1], dim = dense[1][dim.index(labelled[0])], labelled[0]
     if not isinstance(dim, int) or dim % len(source.shape) not in source.labels:
         return
     dim %= len(source.shape)
@@ -271,6 +274,18 @@ def _picked(
     node.op, node.target = "call_function", operator.getitem
     node.args = (node.args[0], (*(slice(None),) * dim, item))
     node.kwargs = {}
+
+
+def _roll_others(node: fx.Node, dense: list[Any], dims: list[int], channel: int) -> None:
+    """Put a roll over the other dims before `node`."""
+    others = [i for i in range(len(dims)) if i != channel]
+    if not others:
+        return
+    with node.graph.inserting_before(node):
+        rolled = node.graph.call_function(
+            torch.roll, (node.args[0], [dense[1][i] for i in others], [dims[i] for i in others])
+        )
+    node.args = (rolled, *node.args[1:])
 
 
 def _positions(

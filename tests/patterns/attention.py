@@ -257,7 +257,7 @@ class LSTM(nn.Module):
         return self.out(y[:, -1] + hidden.transpose(0, 1).flatten(1))
 
 
-@pattern("gru", image(3, 8, 8), free=(("a.0.weight", 0),))
+@pattern("gru", image(3, 8, 8))
 class GRU(nn.Module):
     """Columns of a feature map as a sequence, as text recognition does; two layers."""
 

@@ -222,7 +222,7 @@ class FiLM(nn.Module):
         return self.out(self.b(y))
 
 
-@pattern("dynamic_kernel", free=(("stem.0.weight", 0),))
+@pattern("dynamic_kernel", columns={"experts": (2,)}, free=(("stem.0.weight", 0),))
 class DynamicKernel(nn.Module):
     """Weights of a convolution that the network computes from an expert table; may be pinned."""
 

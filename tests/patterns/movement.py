@@ -213,7 +213,7 @@ class ShuffleAfterConcat(nn.Module):
         return self.out(self.deep(y))
 
 
-@pattern("channel_shuffle", free=(("a.0.weight", 0),))
+@pattern("channel_shuffle", free=(("c.0.weight", 0),))
 class ChannelShuffle(nn.Module):
     """nn.ChannelShuffle between grouped convolutions."""
 

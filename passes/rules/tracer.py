@@ -1,0 +1,221 @@
+"""The tracer: modules of torch.nn stay whole, and what shapes decide is decided."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from halp_fx.passes.rules.attention import expand_attention
+from halp_fx.passes.rules.core import OnMeta
+from halp_fx.passes.rules.structure import (
+    empty_like,
+    named_tensors,
+    substitute_copy,
+    without_data,
+)
+
+__all__ = ["Tracer"]
+
+_OPENED = (
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+    nn.Transformer,
+)
+
+
+class _Proxy(fx.Proxy):
+    """A value of the graph whose length, items and truth are known where shapes tell them."""
+
+    tracer: Tracer
+
+    def __len__(self) -> int:
+        return len(self.tracer.known(self.node))
+
+    def __index__(self) -> int:
+        return int(self.tracer.same_in_any_batch(self.node, int))
+
+    def __int__(self) -> int:
+        return int(self.tracer.same_in_any_batch(self.node, (int, float)))
+
+    def __float__(self) -> float:
+        return float(self.tracer.same_in_any_batch(self.node, (int, float)))
+
+    def __setitem__(self, item: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, item, value), {})
+
+
+class Tracer(fx.Tracer):
+    """Symbolic tracing at module level.
+
+    Args:
+        inputs: the example; what Python code asks of shapes is answered by running the graph so
+            far on tensors without data.
+        opaque: modules to keep whole.
+
+    After an exception `broken` names the innermost module in which it arose.
+    """
+
+    def __init__(self, inputs: tuple[Any, ...], opaque: Mapping[str, str]) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = True  # a buffer may hold one value a channel
+        self.record_stack_traces = True
+        self.inputs = inputs
+        self.opaque = opaque
+        self.broken: tuple[str, Exception] | None = None
+        self._evaluating = False
+        self._batches: list[_Evaluation] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.opaque:
+            return True
+        if isinstance(m, _OPENED):
+            return False
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if self._evaluating:
+            return forward(*args, **kwargs)
+        path = self.path_of_module(m)
+        try:
+            if isinstance(m, nn.MultiheadAttention) and path not in self.opaque:
+                opened = expand_attention(m, args, kwargs)
+                if opened is not None:
+                    return opened
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            if self.broken is None:
+                self.broken = (path, error)
+            raise
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Inputs that the example leaves out keep their defaults, and the graph insists on it."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        parameters = [
+            p
+            for p in inspect.signature(root_fn).parameters.values()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ][1:]
+        given = len(self.inputs)
+        for i, parameter in enumerate(parameters[given:], start=1 + given):
+            if parameter.default is parameter.empty or i >= len(args):
+                continue
+            default = parameter.default
+            compare = operator.is_ if default is None else operator.eq
+            if default is None or isinstance(default, (bool, int, float, str)):
+                same = self.create_proxy("call_function", compare, (args[i], default), {})
+                text = f"the graph was traced with {parameter.name}={default!r}"
+                self.create_proxy("call_function", torch._assert, (same, text), {})
+                args[i] = default
+        return function, args
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """What a condition on shapes is for the example."""
+        value = self.known(obj.node)
+        if isinstance(value, torch.Tensor):
+            return super().to_bool(obj)
+        return bool(value)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """The items of what the example shows to be a tuple."""
+        value = self.known(obj.node)
+        if isinstance(value, torch.Tensor) and value.ndim > 0:
+            return iter([obj[i] for i in range(value.shape[0])])
+        if isinstance(value, (tuple, list)):
+            return iter([obj[i] for i in range(len(value))])
+        return super().iter(obj)
+
+    def known(self, node: fx.Node, batch: int = 0) -> Any:
+        """What a node gives for the example (`batch` 1: for one more image), without data."""
+        if not self._batches:
+            root = self.root
+            tensors = {id(t): empty_like(t) for _, t in named_tensors(root)}
+            meta = substitute_copy(root, tensors)
+            self._batches = [
+                _Evaluation(meta, self.inputs),
+                _Evaluation(meta, _one_more(self.inputs)),
+            ]
+        self._evaluating = True
+        try:
+            return self._batches[batch].value(node)
+        except Exception as error:
+            raise fx.proxy.TraceError(
+                f"what {node.format_node()} gives depends on data: {error}"
+            ) from error
+        finally:
+            self._evaluating = False
+
+    def same_in_any_batch(self, node: fx.Node, kinds: Any) -> Any:
+        """A number that does not depend on the batch.
+
+        Raises:
+            TraceError: it does, so that Python code may not turn it into a constant.
+        """
+        value = self.known(node)
+        if not isinstance(value, kinds) or self.known(node, batch=1) != value:
+            raise fx.proxy.TraceError(
+                f"{node.name} is used as a plain number but depends on the batch or on data"
+            )
+        return value
+
+
+def _one_more(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        x.new_empty((x.shape[0] + 1, *x.shape[1:]), device="meta")
+        if isinstance(x, torch.Tensor) and x.ndim > 0
+        else x
+        for x in inputs
+    )
+
+
+class _Evaluation:
+    """Values of nodes for some inputs, worked out when they are asked for."""
+
+    def __init__(self, root: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.root = root
+        self.inputs = without_data(inputs)
+        self.values: dict[fx.Node, Any] = {}
+
+    def value(self, node: fx.Node) -> Any:
+        for before in node.graph.nodes:  # in order, since operators may work in place
+            if before not in self.values and before.op != "output":
+                self.values[before] = self._run(before)
+            if before is node:
+                break
+        return self.values[node]
+
+    def _run(self, node: fx.Node) -> Any:
+        args = fx.map_arg(node.args, self.values.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
+        with torch.no_grad(), OnMeta():
+            match node.op:
+                case "placeholder":
+                    place = [n for n in node.graph.nodes if n.op == "placeholder"].index(node)
+                    return self.inputs[place] if place < len(self.inputs) else node.args[0]
+                case "get_attr":
+                    path, _, leaf = str(node.target).rpartition(".")
+                    return getattr(self.root.get_submodule(path), leaf)
+                case "call_module":
+                    return self.root.get_submodule(str(node.target))(*args, **kwargs)
+                case "call_method":
+                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                case _:
+                    assert callable(node.target)
+                    return node.target(*args, **kwargs)
