@@ -45,7 +45,9 @@ _NORMS = (
 
 def _column_dims(owner: nn.Module, tensor: Tensor) -> tuple[int, ...]:
     """Dims of a parameter that read channels, where a consumer's weights are set to zero."""
-    if tensor.ndim < 2 or tensor.numel() == max(tensor.shape, default=0):
+    layer = isinstance(owner, (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear))
+    per_channel = tensor.numel() == max(tensor.shape, default=0)  # as a layer scale (1, C, 1, 1)
+    if tensor.ndim < 2 or (per_channel and not layer):
         return ()
     if isinstance(owner, nn.modules.conv._ConvTransposeNd):
         return (0,)

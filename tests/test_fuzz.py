@@ -15,7 +15,6 @@ import torch
 from hypothesis import HealthCheck, given, note, settings
 from torch import fx
 
-import halp_fx
 from halp_fx.errors import NothingToPruneError
 from tests import oracle
 from tests.networks import build, has_norm_stats, has_products
@@ -25,9 +24,6 @@ from tests.strategies import budgets, specs
 __all__: list[str] = []
 
 _COUNT = int(os.environ.get("HALP_FX_FUZZ", "0"))
-_needs_compile = pytest.mark.skipif(
-    not hasattr(halp_fx, "compile"), reason="halp_fx.compile isn't there"
-)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,7 +58,6 @@ def test_specs_make_networks(spec: dict[str, Any]) -> None:
     fx.symbolic_trace(model)
 
 
-@_needs_compile
 @_settings(quick=200)
 @given(spec=specs(), budget=budgets())
 def test_random_networks_are_exact(spec: dict[str, Any], budget: float) -> None:

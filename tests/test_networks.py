@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 import halp_fx
 from tests import oracle
+from tests.pruning import compile_within
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -50,7 +51,7 @@ class Network:
     """A network, an image size it takes, and how to hold it to the oracle."""
 
     build: Callable[[], nn.Module]
-    size: int = 64
+    size: int = 32
     strict: bool = True  # mask at the consumers' columns alone
     norm_stats: bool = False
 
@@ -59,7 +60,7 @@ NETWORKS = {
     "resnet18": Network(_torchvision("resnet18")),
     "resnet50": Network(_torchvision("resnet50")),
     "mobilenet_v2": Network(_torchvision("mobilenet_v2")),
-    "vgg16_bn": Network(_torchvision("vgg16_bn"), size=32),
+    "vgg16_bn": Network(_torchvision("vgg16_bn")),
     "densenet121": Network(_torchvision("densenet121")),
     "shufflenet_v2_x1_0": Network(_torchvision("shufflenet_v2_x1_0")),
     "efficientnet_b0": Network(_torchvision("efficientnet_b0")),
@@ -67,7 +68,7 @@ NETWORKS = {
     "googlenet": Network(_torchvision("googlenet", init_weights=False)),
     "deeplabv3_resnet50": Network(_torchvision("deeplabv3_resnet50", weights_backbone=None)),
     "vit_b_16": Network(
-        _torchvision("vit_b_16", image_size=32), size=32, strict=False, norm_stats=True
+        _torchvision("vit_b_16", image_size=32), strict=False, norm_stats=True
     ),
     "ssd300_vgg16": Network(_ssd, size=300),
 }
@@ -103,7 +104,7 @@ def _check(network: Network, model: nn.Module, inputs: tuple[Tensor, ...]) -> fx
         norm_stats=network.norm_stats,
         batches=(1, 2),
     )
-    assert oracle.shrunk(model, pruned) < 0.9
+    assert oracle.shrunk(model, pruned) < 0.95
     return pruned
 
 
@@ -148,3 +149,12 @@ def test_mobilenet_of_imagenet(data_folder: Path) -> None:
     inputs = (torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)),)
     pruned = _check(network, model, inputs)
     _check_state_dict(model, pruned, inputs)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v2"])
+def test_the_least_latency(name: str) -> None:
+    """Whatever can go goes, whole branches too."""
+    network = NETWORKS[name]
+    model, inputs = _random(network)
+    pruned = compile_within(model, 1e-4, inputs)
+    oracle.assert_exact(model, pruned, inputs, strict=True, batches=(1, 2))

@@ -9,15 +9,13 @@ import pytest
 import torch
 from torch import fx, nn
 
+import halp_fx
 from tests import oracle
 from tests.patterns import PATTERNS, Pattern
 from tests.pruning import compile_within
 
 __all__: list[str] = []
 
-halp_fx = pytest.importorskip("halp_fx")
-if not hasattr(halp_fx, "compile"):
-    pytest.skip("halp_fx.compile isn't there", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -5,7 +5,8 @@
 
 The answer carries a certificate: `Solution.bound` is proven. Only numpy is needed.
 
-    model        what the solver is given, checked, and its normal form
+    model        what the solver is given, and its normal form
+    reading      the input, checked
     elimination  exact optimum for a price, by variable elimination
     relax        upper bounds from prices
     moves        local moves on a solution

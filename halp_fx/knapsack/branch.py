@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from halp_fx.knapsack.model import BoolArray, FloatArray, IntArray, Problem
+from halp_fx.knapsack.model import BoolArray, IntArray, Problem
 from halp_fx.knapsack.moves import Moves
 from halp_fx.knapsack.relax import Evaluation, Relaxation
 
@@ -33,15 +33,15 @@ def threshold(value: float, gap: float) -> float:
 class Clock:
     """Stops the search: by work done, the same on every machine, and by time if asked."""
 
-    work: float
+    problem: Problem
+    work: float  # where the count of the problem stops it
     until: float | None = None  # time.monotonic()
-
-    def spend(self, amount: float) -> None:
-        self.work -= amount
 
     @property
     def over(self) -> bool:
-        return self.work <= 0 or (self.until is not None and time.monotonic() >= self.until)
+        return self.problem.work >= self.work or (
+            self.until is not None and time.monotonic() >= self.until
+        )
 
 
 @dataclass
@@ -143,14 +143,13 @@ class Search:
         open_bound = -self.open[0][0] if self.open else -np.inf
         return max(self.settled, open_bound, self.incumbent.value)
 
-    def run(self, root: Box) -> None:
+    def run(self) -> None:
         """Search until the gap is closed or the clock is over."""
-        self._push(root)
         while self.open and not self.clock.over:
             limit = threshold(self.incumbent.value, self.gap)
             if -self.open[0][0] <= limit:
                 return
-            boxes = []
+            boxes: list[Box] = []
             while self.open and len(boxes) < max(self.relaxation.batch // 2, 1):
                 _, _, box = heapq.heappop(self.open)
                 if box.bound <= limit:
@@ -160,9 +159,10 @@ class Search:
             children = [child for box in boxes for child in self._cut(box)]
             self.bound_boxes(children)
             for child in children:
-                self._push(child)
+                self.push(child)
 
-    def _push(self, box: Box) -> None:
+    def push(self, box: Box) -> None:
+        """Open a box, or put it aside if it can't close the gap any further."""
         if box.bound <= threshold(self.incumbent.value, self.gap):
             self.settled = max(self.settled, box.bound)
             return
@@ -206,14 +206,11 @@ class Search:
                     box.bound = -np.inf
 
     def _evaluate(self, boxes: list[Box], *, marginals: bool) -> Evaluation:
-        before = self.relaxation.work
-        found = self.relaxation.evaluate(
+        return self.relaxation.evaluate(
             np.asarray([b.price for b in boxes]),
             np.stack([b.mask for b in boxes]),
             marginals=marginals,
         )
-        self.clock.spend(self.relaxation.work - before)
-        return found
 
     def _cut(self, box: Box) -> list[Box]:
         """Two boxes that share the levels of one; none if it is small enough to list."""
@@ -250,11 +247,10 @@ class Search:
 
     def _list(self, box: Box, counts: IntArray) -> None:
         """Settle a box by looking at every combination in it."""
-        levels = [
-            np.flatnonzero(box.mask[self.offsets[v] : self.offsets[v + 1]])
-            for v in range(counts.size)
-        ]
-        places = np.unravel_index(np.arange(int(counts.prod())), tuple(counts))
-        self.incumbent.offer(np.stack([k[p] for k, p in zip(levels, places, strict=True)], axis=1))
-
-
+        levels = np.zeros((int(counts.prod()), counts.size), dtype=np.int64)
+        rest = np.arange(levels.shape[0])
+        for v, count in enumerate(counts):
+            allowed = np.flatnonzero(box.mask[self.offsets[v] : self.offsets[v + 1]])
+            rest, place = np.divmod(rest, count)
+            levels[:, v] = allowed[place]
+        self.incumbent.offer(levels)

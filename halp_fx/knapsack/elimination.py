@@ -17,12 +17,12 @@ import numpy as np
 
 from halp_fx.knapsack.model import FloatArray, IntArray, Problem
 
-__all__ = ["Elimination", "TooWide"]
+__all__ = ["Elimination", "TooWideError"]
 
 NEG_INF = -np.inf
 
 
-class TooWide(Exception):
+class TooWideError(Exception):
     """No order was found whose intermediate tables stay within the limit."""
 
 
@@ -160,7 +160,7 @@ class Elimination:
             size, chosen = options.pop(n)
             total += size
             if size > self.limit or total > self.total_limit:
-                raise TooWide
+                raise TooWideError
             plans.append(chosen)
             for k in chosen.factors:
                 for m in factors.pop(k):

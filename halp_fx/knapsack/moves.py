@@ -8,7 +8,7 @@ from halp_fx.knapsack.model import FloatArray, IntArray, Problem
 
 __all__ = ["Moves"]
 
-TRIED_PAIRS = 512  # most promising pairs of far variables whose true cost is computed
+TRIED_PAIRS = 512  # most promising pairs of changes whose true cost is computed
 
 
 class Moves:
@@ -21,21 +21,30 @@ class Moves:
         self.variable = np.repeat(np.arange(sizes.size), sizes)  # (levels,) of each flat level
         self.level = np.concatenate([np.arange(n) for n in sizes])
         self.value = np.concatenate(problem.values)
-        near: set[tuple[int, int]] = set()
-        for scope, _ in problem.tables:
+        near: dict[tuple[int, int], FloatArray | None] = {}
+        for scope, table in problem.tables:
             plain = [n for n in scope if n < sizes.size]
-            near.update((a, b) for a in plain for b in plain if a < b)
-        first, second = [], []
-        for a, b in sorted(near):
-            i = np.flatnonzero(self.variable == a)
-            j = np.flatnonzero(self.variable == b)
-            first.append(np.repeat(i, j.size))
-            second.append(np.tile(j, i.size))
+            for a, b in ((a, b) for a in plain for b in plain if a < b):
+                near.setdefault((a, b), None)
+                if len(scope) == 2:
+                    near[a, b] = table
+        # All pairs of levels of near variables, and the tables that join them, one after another.
+        first, second, base, width, entries = [], [], [], [], [np.zeros(0)]
+        start = 0
+        for (a, b), joint in sorted(near.items()):
+            i = np.repeat(np.flatnonzero(self.variable == a), sizes[b])
+            first.append(i)
+            second.append(np.tile(np.flatnonzero(self.variable == b), sizes[a]))
+            base.append(np.full(i.size, start))
+            width.append(np.full(i.size, sizes[b]))
+            entries.append(np.zeros(i.size) if joint is None else joint.reshape(-1))
+            start += i.size
         empty = np.zeros(0, dtype=np.int64)
-        self.near = (
-            np.concatenate(first) if first else empty,
-            np.concatenate(second) if second else empty,
-        )
+        self.first = np.concatenate([empty, *first])
+        self.second = np.concatenate([empty, *second])
+        self.base = np.concatenate([empty, *base])
+        self.width = np.concatenate([empty, *width])
+        self.entries = np.concatenate(entries)
 
     def _with(self, levels: IntArray, *changes: IntArray) -> IntArray:
         """Copies of `levels`, one a row, each with the flat levels of its changes."""
@@ -71,31 +80,56 @@ class Moves:
     def _improve_pair(
         self, levels: IntArray, gain: FloatArray, extra: FloatArray, cost: float, budget: float
     ) -> IntArray | None:
+        """The pair of changes that gains most, of those within the budget; None if none gains."""
         tolerance = 1e-12 * float(np.abs(self.value[np.isfinite(self.value)]).max(initial=0.0))
         best_gain, best = tolerance, None
-        a, b = self.near
+        a, b = self.first, self.second
         total = gain[a] + gain[b]
         keep = np.flatnonzero(total > tolerance)
-        if keep.size:
-            a, b, total = a[keep], b[keep], total[keep]
-            moved = self._with(levels, a, b)
-            fits = self.problem.costs(moved) <= budget
-            if fits.any():
-                pick = int(np.where(fits, total, -np.inf).argmax())
-                best_gain, best = float(total[pick]), moved[pick]
-        # Far pairs: their costs add up, unless a sum node joins them, so check the best ones.
+        a, b, total = a[keep], b[keep], total[keep]
+        base, width = self.base[keep], self.width[keep]
+        i, j = self.level[a], self.level[b]
+        here, there = levels[self.variable[a]], levels[self.variable[b]]
+        with np.errstate(invalid="ignore"):
+            estimate = cost + extra[a] + extra[b]
+            estimate += (
+                self.entries[base + i * width + j] + self.entries[base + here * width + there]
+            )
+            estimate -= (
+                self.entries[base + i * width + there] + self.entries[base + here * width + j]
+            )
+        # One change alone may be forbidden where both together are not (a block dropped whole).
+        known = np.isfinite(extra[a]) & np.isfinite(extra[b])
+        for use in (known & (estimate <= budget), ~known):
+            better = self._try(levels, a[use], b[use], total[use], best_gain, budget)
+            if better is not None:
+                best_gain, best = better
+        # Far pairs: their costs add up, unless a sum joins them.
         use = np.flatnonzero(np.isfinite(gain) & np.isfinite(extra) & ((gain != 0) | (extra != 0)))
         both = gain[use][:, None] + gain[use][None]
         fits = (extra[use][:, None] + extra[use][None] <= budget - cost) & (both > best_gain)
         fits &= self.variable[use][:, None] < self.variable[use][None]
         i, j = np.nonzero(fits)
-        if i.size == 0:
-            return best
-        order = np.argsort(-both[i, j], kind="stable")[:TRIED_PAIRS]
-        i, j = i[order], j[order]
-        moved = self._with(levels, use[i], use[j])
-        real = np.flatnonzero(self.problem.costs(moved) <= budget)
-        return best if real.size == 0 else moved[real[0]]
+        better = self._try(levels, use[i], use[j], both[i, j], best_gain, budget)
+        return best if better is None else better[1]
+
+    def _try(
+        self,
+        levels: IntArray,
+        first: IntArray,
+        second: IntArray,
+        total: FloatArray,
+        least: float,
+        budget: float,
+    ) -> tuple[float, IntArray] | None:
+        """Of the pairs that gain the most, more than `least`, the first truly within the budget."""
+        order = np.argsort(-total, kind="stable")[:TRIED_PAIRS]
+        order = order[total[order] > least]
+        if order.size == 0:
+            return None
+        moved = self._with(levels, first[order], second[order])
+        fits = np.flatnonzero(self.problem.costs(moved) <= budget)
+        return None if fits.size == 0 else (float(total[order[fits[0]]]), moved[fits[0]])
 
     def repair(self, levels: IntArray, budget: float) -> IntArray | None:
         """Levels within the budget, by the cheapest steps down; None if it gets stuck."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from halp_fx.knapsack.elimination import Elimination, TooWide, Trace
+from halp_fx.knapsack.elimination import Elimination, TooWideError, Trace
 from halp_fx.knapsack.model import BoolArray, FloatArray, IntArray, Problem
 
 __all__ = ["Evaluation", "Relaxation"]
@@ -51,7 +51,6 @@ class Relaxation:
         self.offsets = problem.offsets
         self.entries = sum(c.total_size for c in self.components)
         self.overhead = STEP_WORK * sum(len(c.steps) for c in self.components)
-        self.work = 0  # entries computed so far: a clock that is the same on every machine
         owners = np.zeros(len(problem.values))
         for c in self.components:
             owners[list(c.own_variables)] += 1
@@ -104,7 +103,7 @@ class Relaxation:
                 else None,
             )
         work = self.entries * prices.size + self.overhead
-        self.work += 3 * work if marginals else work
+        self.problem.work += 3 * work if marginals else work
         constant = self.problem.constant
         upper = self.fixed_value - prices * constant
         cost = np.full(prices.size, constant)
@@ -219,7 +218,7 @@ def _components(problem: Problem, limit: int) -> list[Elimination]:
             size = total = 2**62
         try:
             return Elimination(problem, tables, variables, size, total)
-        except TooWide:
+        except TooWideError:
             return None
 
     whole = attempt(rest, everything, 1)

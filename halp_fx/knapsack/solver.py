@@ -12,19 +12,14 @@ import numpy.typing as npt
 
 from halp_fx.errors import InfeasibleError, InputError
 from halp_fx.knapsack.branch import Box, Clock, Incumbent, Search, threshold
-from halp_fx.knapsack.model import (
-    IntArray,
-    Problem,
-    Term,
-    cost_of,
-    read,
-    value_of,
-)
+from halp_fx.knapsack.model import IntArray, Problem, Term, cost_of, value_of
+from halp_fx.knapsack.reading import read
 from halp_fx.knapsack.relax import Relaxation
 
 __all__ = ["Solution", "solve"]
 
 WORK = 6e8  # table entries computed before the search gives up on the gap
+EASY_WORK = 3e7  # of it, spent on a tenth of the gap asked for
 ROUNDING = 1e-12  # relative: sums of the same costs in another order may differ by this
 SECANTS = 60  # prices tried for the whole problem; a handful is enough in practice
 
@@ -81,9 +76,12 @@ def solve(
     if not raw.values:
         return _nothing(terms, budget)
     keep = [np.flatnonzero(a) for a in allowed]
-    clock = Clock(WORK, None if time_limit_s is None else start + time_limit_s)
-    slack = budget + ROUNDING * abs(budget) if math.isfinite(budget) else budget
-    levels, bound = _solve(Problem(raw.restrict(keep)), slack, gap, clock)
+    problem = Problem(raw.restrict(keep))
+    clock = Clock(problem, WORK, None if time_limit_s is None else start + time_limit_s)
+    # More than the most that can be spent changes nothing, but an infinite budget times a
+    # price of 0 would be NaN.
+    slack = min(budget + ROUNDING * abs(budget), problem.most) if budget > -math.inf else budget
+    levels, bound = _solve(problem, slack, gap, clock)
     chosen = tuple(int(keep[v][k]) for v, k in enumerate(levels))
     value = value_of(chosen, values)
     # The bound was summed in another order than the value.
@@ -102,7 +100,7 @@ def _nothing(terms: Sequence[Term], budget: float) -> Solution:
 
 
 def _too_dear(budget: float, least: float) -> str:
-    return f"the budget is {budget:g}, but the least cost of any choice is {least:g}: raise it"
+    return f"the budget is {budget:.6g}, but the least cost of any choice is {least:.6g}: raise it"
 
 
 def _solve(problem: Problem, budget: float, gap: float, clock: Clock) -> tuple[IntArray, float]:
@@ -111,12 +109,19 @@ def _solve(problem: Problem, budget: float, gap: float, clock: Clock) -> tuple[I
     incumbent = Incumbent(problem, budget)
     least, cheapest = relaxation.least_cost()
     _check_feasible(relaxation, incumbent, least, cheapest)
-    search = Search(relaxation, incumbent, gap, clock)
-    search.run(_root(relaxation, incumbent, cheapest, gap, clock))
+    root = _root(relaxation, incumbent, cheapest, gap, clock)
+    # A better answer than asked for is often nearly free.
+    search = Search(
+        relaxation, incumbent, gap / 10, Clock(problem, problem.work + EASY_WORK, clock.until)
+    )
+    search.push(root)
+    search.run()
+    search.gap, search.clock = gap, clock
+    search.run()
     if incumbent.levels is None:
         raise InfeasibleError(
-            f"no choice within the budget of {budget:g} was found, though none was proven not to "
-            f"exist: any choice costs at least {least:g}. Raise the budget",
+            f"no choice within the budget of {budget:.6g} was found, though none was proven not to "
+            f"exist: any choice costs at least {least:.6g}. Raise the budget",
             least=least,
         )
     return incumbent.levels, search.bound
@@ -135,8 +140,8 @@ def _check_feasible(
         if relaxation.exact:
             raise InfeasibleError(_too_dear(budget, least), least=least)
         raise InfeasibleError(
-            f"the budget is {budget:g}, but any choice costs at least {least:g} (a lower bound; "
-            "the least cost itself is not known): raise it",
+            f"the budget is {budget:.6g}, but any choice costs at least {least:.6g} (a lower "
+            "bound; the least cost itself is not known): raise it",
             least=least,
         )
     incumbent.offer(cheapest[None], repair=not relaxation.exact)

@@ -317,7 +317,10 @@ class FunctionMode(TorchFunctionMode):
 
 
 # Function that gives a tensor like its first argument -> the operator that stands for it.
-_WHOLE = {torch.rms_norm: torch.ops.aten.rms_norm.default}
+_WHOLE = {
+    torch.rms_norm: torch.ops.aten.rms_norm.default,
+    torch.nn.functional.rms_norm: torch.ops.aten.rms_norm.default,
+}
 
 
 class OnMeta(TorchDispatchMode):

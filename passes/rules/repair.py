@@ -252,20 +252,24 @@ def _picked(
     dense = [shrunk.dense(a) for a in node.args] + [shrunk.dense(v) for v in node.kwargs.values()]
     if source is None or len(dense) < 3:
         return
-    dim = dense[2] if name == "roll" else dense[1]
-    if name == "roll" and isinstance(dim, (tuple, list)):
-        labelled = [d for d in dim if d % len(source.shape) in source.labels]
-        if len(labelled) != 1:
-            return
-        _roll_others(node, dense, list(dim), dim.index(labelled[0]))
-        dense[1], dim = dense[1][dim.index(labelled[0])], labelled[0]
-    if not isinstance(dim, int) or dim % len(source.shape) not in source.labels:
+    dims = dense[2] if name == "roll" else dense[1]
+    dims = list(dims) if isinstance(dims, (tuple, list)) else [dims]
+    if not all(isinstance(d, int) for d in dims):
         return
-    dim %= len(source.shape)
+    rank, shape = len(source.shape), shrunk.shape(source)
+    changed = [i for i, d in enumerate(dims) if shape[d % rank] != source.shape[d % rank]]
+    if len(changed) != 1:
+        return
+    dim = dims[changed[0]] % rank
+    if name == "roll":
+        shifts = list(dense[1]) if isinstance(dense[1], (tuple, list)) else [dense[1]]
+        dense[1] = shifts[changed[0]]
     labels = source.labels[dim]
     positions = _positions(name, node, dense, len(labels), shrunk)
-    if positions is None or shrunk.shape(source)[dim] == source.shape[dim]:
+    if positions is None:
         return
+    if name == "roll":
+        _roll_others(node, shifts, dims, changed[0])
     item: Any = shrunk.moved(labels, positions)
     if name == "narrow":
         item = _as_slice(item, int(shrunk.alive[labels].sum()))
@@ -276,14 +280,14 @@ def _picked(
     node.kwargs = {}
 
 
-def _roll_others(node: fx.Node, dense: list[Any], dims: list[int], channel: int) -> None:
+def _roll_others(node: fx.Node, shifts: list[int], dims: list[int], channel: int) -> None:
     """Put a roll over the other dims before `node`."""
     others = [i for i in range(len(dims)) if i != channel]
     if not others:
         return
     with node.graph.inserting_before(node):
         rolled = node.graph.call_function(
-            torch.roll, (node.args[0], [dense[1][i] for i in others], [dims[i] for i in others])
+            torch.roll, (node.args[0], [shifts[i] for i in others], [dims[i] for i in others])
         )
     node.args = (rolled, *node.args[1:])
 
@@ -298,8 +302,7 @@ def _positions(
         case "select" if isinstance(dense[2], int):
             return [dense[2] % size]
         case "roll":
-            shift = dense[1][0] if isinstance(dense[1], (tuple, list)) else dense[1]
-            return [int(p) for p in np.roll(np.arange(size), shift)]
+            return [int(p) for p in np.roll(np.arange(size), dense[1])]
         case "index_select":
             index = [*node.args, *node.kwargs.values()][2]
             value = shrunk.values.get(index.name) if isinstance(index, fx.Node) else None
