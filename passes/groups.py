@@ -262,6 +262,7 @@ class _Found:
         graph: nx.MultiGraph[Any] = nx.MultiGraph()
         nodes = {n.name: n for n in self.traced.module.graph.nodes}
         starts = np.array([b.start for b in self.run.blocks])
+        sources = {t.node: source_of(nodes[t.node]) for t in self.run.ties if t.node in nodes}
         for block in self.run.blocks:
             graph.add_node((block.name, block.dim), size=block.size)
         for tie in self.run.ties:
@@ -269,11 +270,13 @@ class _Found:
             right = np.searchsorted(starts, tie.right, side="right") - 1
             for a, b in np.unique(np.stack([left, right]), axis=1).T:
                 one, two = self.run.blocks[a], self.run.blocks[b]
-                source = source_of(nodes[tie.node]) if tie.node in nodes else ""
                 graph.add_edge(
-                    (one.name, one.dim), (two.name, two.dim),
-                    node=tie.node, op=tie.op, source=source,
-                )  # fmt: skip
+                    (one.name, one.dim),
+                    (two.name, two.dim),
+                    node=tie.node,
+                    op=tie.op,
+                    source=sources.get(tie.node, ""),
+                )
         for every in names.values():  # one tensor under several names
             for other in every[1:]:
                 for block_name, dim in [k for k in graph.nodes if k[0] == every[0]]:

@@ -200,11 +200,11 @@ def _magnitude(groups: ChannelGroups) -> list[FloatArray]:
         members = weights or list(group.members)
         total = np.zeros(group.units)
         for member in members:
-            tensor = tensors[member.name].detach().double()
-            if not tensors[member.name].is_floating_point():
+            tensor = tensors[member.name].detach()
+            if not tensor.is_floating_point():
                 continue
             rows = tensor.movedim(member.dim, 0).reshape(tensor.shape[member.dim], -1)
-            norm = rows.square().sum(1).cpu().numpy()
+            norm = torch.linalg.vector_norm(rows.float(), dim=1).double().cpu().numpy() ** 2
             factor = scale.get(member.name)
             if factor is not None and member.dim == 0 and factor.shape == norm.shape:
                 norm = norm * factor**2

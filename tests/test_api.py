@@ -488,7 +488,7 @@ def test_it_fine_tunes() -> None:
         value = F.cross_entropy(pruned(inputs), target)
         value.backward()
         optimizer.step()
-        losses.append(float(value))
+        losses.append(value.item())
     assert min(losses[-5:]) < 0.5 * losses[0]
     assert all(parameter.grad is not None for parameter in pruned.parameters())
 

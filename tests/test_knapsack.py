@@ -309,7 +309,7 @@ def test_no_variables_and_constants() -> None:
 
 def test_forbidden_at_price_zero() -> None:
     """inf forbids even where the price is 0, and never makes NaN."""
-    solution = solve([[0, 5], [0, 5]], [((0, 1), [[0, 0], [0, np.inf]])], 100.0)
+    solution = solve([[0, 5], [0, 5]], [((0, 1), np.array([[0, 0], [0, np.inf]]))], 100.0)
     assert solution.value == 5
     assert solution.bound == 5
 

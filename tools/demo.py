@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 import halp_fx
-from halp_fx.errors import DependencyError
+from halp_fx.errors import DependencyError, HalpError
 from halp_fx.tools.console import err, out, progress_bars
 from halp_fx.tools.prune import write_report
 
@@ -155,7 +156,11 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("demo_out"), metavar="DIR")
     parser.add_argument("--budget", type=float, default=0.5, help="share of the dense latency")
     options = parser.parse_args()
-    run(options.output, budget=options.budget)
+    try:
+        run(options.output, budget=options.budget)
+    except HalpError as error:
+        err().print(Text(f"error: {error}", style="red"))
+        raise SystemExit(2) from error
 
 
 def _load_digits() -> Digits:

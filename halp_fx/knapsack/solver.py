@@ -18,8 +18,8 @@ from halp_fx.knapsack.relax import Relaxation
 
 __all__ = ["Solution", "solve"]
 
-WORK = 6e8  # table entries computed before the search gives up on the gap
-EASY_WORK = 3e7  # of it, spent on a tenth of the gap asked for
+WORK = 2e9  # table entries computed before the search gives up on the gap
+EASY_WORK = 1e8  # of it, spent on a tenth of the gap asked for
 ROUNDING = 1e-12  # relative: sums of the same costs in another order may differ by this
 SECANTS = 60  # prices tried for the whole problem; a handful is enough in practice
 

@@ -1,0 +1,379 @@
+"""trace: graphs that compute what the models do, and messages where there's none."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from halp_fx.errors import InputError, TraceError
+from halp_fx.passes.trace import trace
+from halp_fx.types import Traced
+from tests import oracle
+
+__all__: list[str] = []
+
+
+def image(batch: int = 2, channels: int = 3, size: int = 8) -> Tensor:
+    return torch.randn(batch, channels, size, size)
+
+
+def check_same(model: nn.Module, traced: Traced, *inputs: Any) -> None:
+    """In eval mode the graph gives what the model gives."""
+    twin = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        oracle.assert_close(traced.module(*inputs), twin(*inputs), tolerance=1e-6)
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+def test_what_a_traced_network_holds() -> None:
+    model = Small().train()
+    model.body[1].eval()
+    with oracle.snapshot(model):
+        traced = trace(model, image())
+    assert traced.model_name == "Small"
+    assert traced.opaque == {}
+    assert not traced.module.training
+    assert [n.target for n in traced.module.graph.nodes if n.op == "call_module"] == [
+        "body.0", "body.1", "body.2", "fc",
+    ]  # fmt: skip
+    assert traced.module.fc.weight is model.fc.weight, "parameters are shared, not copied"
+    assert set(traced.module.state_dict()) == set(model.state_dict())
+    values = traced.values["body_0"]
+    assert (tuple(values.shape), values.device.type) == ((2, 8, 6, 6), "meta")
+    assert set(traced.values) == {n.name for n in traced.module.graph.nodes}
+    assert (traced.training[""], traced.training["body"], traced.training["body.1"]) == (
+        True,
+        True,
+        False,
+    )
+    check_same(model, traced, image())
+
+
+@pytest.mark.parametrize("given", [image(), (image(),), [image()]], ids=["tensor", "tuple", "list"])
+def test_ways_to_give_inputs(given: Any) -> None:
+    traced = trace(Small(), given)
+    assert isinstance(traced.example_inputs, tuple)
+    assert traced.example_inputs[0].shape == (2, 3, 8, 8)
+
+
+# Default example inputs: (model, shape expected).
+GUESSES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv2d": (lambda: nn.Conv2d(4, 8, 3), (1, 4, 224, 224)),
+    "conv1d": (lambda: nn.Conv1d(2, 8, 3), (1, 2, 1024)),
+    "conv3d": (lambda: nn.Conv3d(1, 2, 3), (1, 1, 16, 112, 112)),
+    "linear": (lambda: nn.Sequential(nn.Linear(7, 8), nn.ReLU()), (1, 7)),
+    "flattened": (
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 26 * 26, 3)),
+        (1, 1, 28, 28),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GUESSES)
+def test_default_inputs(name: str) -> None:
+    build, shape = GUESSES[name]
+    before = torch.get_rng_state()
+    model = build()
+    torch.set_rng_state(before)
+    traced = trace(model)
+    assert tuple(traced.example_inputs[0].shape) == shape
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_default_inputs_follow_the_models_own_attributes() -> None:
+    class Sized(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image_size = 40
+
+    class Configured(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pretrained_cfg = {"input_size": (3, 48, 40)}
+
+    assert trace(Sized()).example_inputs[0].shape == (1, 3, 40, 40)
+    assert trace(Configured()).example_inputs[0].shape == (1, 3, 48, 40)
+    assert trace(Small().double()).example_inputs[0].dtype == torch.float64
+
+
+def test_default_inputs_that_nothing_accepts() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(7, 2))
+    with pytest.raises(InputError, match=r"no example_inputs were given and none of \[\(1, 3, 224"):
+        trace(model)
+
+
+def test_inputs_that_are_rejected() -> None:
+    with pytest.raises(InputError, match=r"Small rejects the example inputs \(\(2, 5, 8, 8\)"):
+        trace(Small(), image(channels=5))
+    with pytest.raises(InputError, match="not dict"):
+        trace(Small(), {"x": image()})
+    with pytest.raises(InputError, match="is empty"):
+        trace(Small(), [])
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0, mode: str = "relu"
+    ) -> Any:
+        y = self.conv(x)
+        if mask is not None:
+            y = y * mask
+        y = F.relu(y) if mode == "relu" else torch.tanh(y)
+        return y * scale if scale != 1.0 else y
+
+
+def test_optional_arguments_keep_their_defaults() -> None:
+    model = Optional()
+    traced = trace(model, image())
+    x = image()
+    check_same(model, traced, x)
+    check_same(model, traced, x, None, 1.0, "relu")
+    for wrong, name in [((x, x[:, :1]), "mask"), ((x, None, 2.0), "scale")]:
+        with pytest.raises(AssertionError, match=f"the graph was traced with {name}="):
+            traced.module(*wrong)
+
+
+def test_optional_arguments_that_are_given() -> None:
+    model, x = Optional(), image()
+    traced = trace(model, (x, torch.rand(2, 1, 8, 8)))
+    check_same(model, traced, x, torch.rand(2, 1, 8, 8))
+
+
+class Sorting(nn.Module):
+    """Its path depends on values: no graph of it exists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.conv(x) if x.sum() > 0 else self.conv(-x)
+
+
+class WithOpaque(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.inner = nn.Sequential(Sorting(), nn.ReLU())
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self.inner(self.first(x)))
+
+
+def test_what_cannot_be_traced_is_held_whole() -> None:
+    model = WithOpaque()
+    with oracle.snapshot(model):
+        traced = trace(model, image())
+    assert set(traced.opaque) == {"inner.0"}, "the innermost module alone"
+    assert traced.opaque["inner.0"].startswith("TraceError: symbolically traced variables cannot")
+    called = [n.target for n in traced.module.graph.nodes if n.op == "call_module"]
+    assert called == ["first", "inner.0", "inner.1", "last"]
+    assert set(traced.module.state_dict()) == set(model.state_dict())
+    for sign in (1.0, -1.0):  # both branches are still there
+        check_same(model, traced, sign * image())
+
+
+def test_the_top_cannot_be_held_whole() -> None:
+    with pytest.raises(TraceError, match="Sorting.forward can't be traced by torch.fx: .*submodule"):
+        trace(Sorting(), image(channels=8))
+
+
+class Pair(NamedTuple):
+    one: Tensor
+    two: Tensor
+
+
+class Structures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        return {"all": y, "parts": [y[:, :4], (y[:, 4:], 3)], "pair": Pair(y, y + 1)}
+
+
+def test_nested_outputs() -> None:
+    model = Structures()
+    check_same(model, trace(model, image()), image(3))
+
+
+class Flagged(nn.Module):
+    def __init__(self, rate: float = 0.5) -> None:
+        super().__init__()
+        self.fc, self.rate = nn.Linear(64, 64), rate
+
+    def forward(self, x: Tensor) -> Any:
+        return F.dropout(self.fc(x), self.rate, training=self.training)
+
+
+def test_training_flags_are_read_when_the_graph_runs() -> None:
+    module = trace(Flagged(), torch.rand(2, 64)).module
+    x = torch.ones(2, 64)
+    assert torch.equal(module(x), module(x))
+    module.train()
+    assert bool((module(x) == 0).any())
+    module.eval()
+    assert torch.equal(module(x), module(x))
+
+
+def test_flags_are_left_where_training_is_another_network() -> None:
+    class Other(Flagged):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            return self.fc(y) if self.training else y
+
+    model = Other().train()
+    with oracle.snapshot(model):
+        traced = trace(model, torch.rand(2, 64))
+    check_same(model, traced, torch.rand(3, 64))
+
+
+def test_buffers_and_bare_parameters() -> None:
+    class Bare(nn.Module):
+        offset: Tensor
+        hidden: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 3, 1, 1))
+            self.register_buffer("offset", torch.randn(8, 1, 1))
+            self.register_buffer("hidden", torch.randn(8, 1, 1), persistent=False)
+
+        def forward(self, x: Tensor) -> Any:
+            return F.conv2d(x, self.weight) + self.offset * self.hidden
+
+    model = Bare()
+    traced = trace(model, image())
+    read = {n.target for n in traced.module.graph.nodes if n.op == "get_attr"}
+    assert {"weight", "offset", "hidden"} <= read
+    check_same(model, traced, image())
+
+
+# MultiheadAttention ---------------------------------------------------------------------------
+
+
+class Attends(nn.Module):
+    def __init__(self, cross: bool, need_weights: bool, batch_first: bool, **options: Any) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(16, 4, batch_first=batch_first, **options)
+        self.cross, self.need_weights = cross, need_weights
+
+    def forward(self, x: Tensor, other: Tensor) -> Any:
+        memory = other if self.cross else x
+        return self.inner(x, memory, memory, need_weights=self.need_weights)
+
+
+def _attention_inputs(batch_first: bool) -> tuple[Tensor, Tensor]:
+    x, other = torch.randn(3, 5, 16), torch.randn(3, 7, 16)
+    return (x, other) if batch_first else (x.transpose(0, 1), other.transpose(0, 1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_attention_is_spelled_out(
+    batch_first: bool, need_weights: bool, cross: bool, bias: bool
+) -> None:
+    model = Attends(cross, need_weights, batch_first, bias=bias)
+    oracle.randomize(model)
+    inputs = _attention_inputs(batch_first)
+    traced = trace(model, inputs)
+    targets = [n.target for n in traced.module.graph.nodes if n.op == "call_module"]
+    assert targets == ["inner.out_proj"], "the module is opened"
+    assert set(traced.module.state_dict()) == set(model.state_dict())
+    check_same(model, traced, *inputs)
+    weights = traced.module(*inputs)[1]
+    assert weights is None if not need_weights else weights.shape == (3, 5, 7 if cross else 5)
+
+
+def test_attention_with_three_sources() -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+            return self.inner(query=q, key=k, value=v)[0]
+
+    model = oracle.randomize(Three())
+    inputs = torch.randn(2, 4, 16), torch.randn(2, 6, 16), torch.randn(2, 6, 16)
+    check_same(model, trace(model, inputs), *inputs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kdim": 16, "vdim": 12}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"dropout": 0.2}],
+    ids=str,
+)
+def test_attention_that_is_not_spelled_out_stays_a_module(options: dict[str, Any]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(16, 4, batch_first=True, **options)
+
+        def forward(self, x: Tensor, v: Tensor) -> Any:
+            return self.inner(x, x, v)[0]
+
+    model = oracle.randomize(Model())
+    inputs = torch.randn(3, 5, 16), torch.randn(3, 5, options.get("vdim", 16))
+    traced = trace(model, inputs)
+    assert [n.target for n in traced.module.graph.nodes if n.op == "call_module"] == ["inner"]
+    check_same(model, traced, *inputs)
+
+
+def test_masked_attention() -> None:
+    class Masked(nn.Module):
+        mask: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(16, 4, batch_first=True)
+            self.register_buffer("mask", torch.ones(5, 5, dtype=torch.bool).triu(1))
+
+        def forward(self, x: Tensor) -> Any:
+            return self.inner(x, x, x, attn_mask=self.mask)[0]
+
+    model, x = oracle.randomize(Masked()), torch.randn(3, 5, 16)
+    check_same(model, trace(model, x), x)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_transformer_layers_are_opened(norm_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=norm_first)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    oracle.randomize(model).eval()
+    x = torch.randn(2, 5, 16)
+    traced = trace(model, x)
+    targets = {str(n.target) for n in traced.module.graph.nodes if n.op == "call_module"}
+    assert "0.layers.1.linear1" in targets
+    assert traced.opaque == {}
+    with torch.no_grad():
+        oracle.assert_close(traced.module(x), model(x), tolerance=1e-5)
+
+
+def test_nodes_carry_the_line_they_come_from() -> None:
+    traced = trace(Small(), image())
+    node = next(n for n in traced.module.graph.nodes if n.target == "mean")
+    assert "test_trace.py" in (node.stack_trace or "")
