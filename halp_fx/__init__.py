@@ -1,8 +1,8 @@
 """Prune trained vision networks to a latency budget on a device.
 
-    pruned = halp_fx.compile(model, 0.5, example_inputs, data=loader, loss=criterion)
-    ...fine-tune `pruned` in your own loop...
-    halp_fx.export_onnx(pruned, "net.onnx")
+pruned = halp_fx.compile(model, 0.5, example_inputs, data=loader, loss=criterion)
+...fine-tune `pruned` in your own loop...
+halp_fx.export_onnx(pruned, "net.onnx")
 """
 
 from __future__ import annotations

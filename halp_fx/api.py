@@ -99,9 +99,7 @@ def compile(
             groups, data, loss, saliency, lambda done, total: tell("saliency", done, total)
         )
         stage("latency")
-        costs = price(
-            groups, source, progress=lambda done, total: tell("latency", done, total)
-        )
+        costs = price(groups, source, progress=lambda done, total: tell("latency", done, total))
         stage("select")
         budget_ms = limit.in_ms(costs.dense_ms)
         plan = select(groups, scores, costs, budget_ms)
@@ -154,15 +152,18 @@ def _same_random_state() -> Iterator[None]:
 @contextmanager
 def _named_stage(model: Any, tell: Progress) -> Iterator[Callable[[str], None]]:
     """Errors say in which stage, and for which model, they arose."""
-    current = "trace"
+    current = ""
 
     def enter(stage: str) -> None:
         nonlocal current
+        if current:
+            tell(current, 1, 1)
         current = stage
         tell(stage, 0, 1)
 
     try:
         yield enter
+        tell(current, 1, 1)
     except Exception as error:
         error.add_note(f"halp_fx: in the stage {current!r} for {type(model).__name__}")
         raise

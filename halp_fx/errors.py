@@ -1,18 +1,18 @@
 """The errors of halp_fx.
 
-    HalpError
-    ├── InputError (ValueError)     an argument is wrong: the message names it and what to pass
-    │   ├── BudgetError             the budget can't be parsed or is out of range
-    │   └── DependencyError         an optional package is missing: the message has the command
-    ├── InfeasibleError             no network within the budget; `.least` is the least cost
-    ├── TraceError                  the model can't be turned into a graph
-    ├── NothingToPruneError         every channel is pinned; the message says by what
-    ├── SaliencyError               scores that are not finite, or all zero
-    ├── LatencyError                a table or a measurement can't be used
-    │   └── DeviceMismatchError     a table was made on another device or with other settings
-    ├── RewriteError                the shrunk network is not what the plan says
-    ├── ExportError                 the exported file differs from the network
-    └── RecipeError                 a file of `halp_fx.save` can't be written or read
+HalpError
+├── InputError (ValueError)     an argument is wrong: the message names it and what to pass
+│   ├── BudgetError             the budget can't be parsed or is out of range
+│   └── DependencyError         an optional package is missing: the message has the command
+├── InfeasibleError             no network within the budget; `.least` is the least cost
+├── TraceError                  the model can't be turned into a graph
+├── NothingToPruneError         every channel is pinned; the message says by what
+├── SaliencyError               scores that are not finite, or all zero
+├── LatencyError                a table or a measurement can't be used
+│   └── DeviceMismatchError     a table was made on another device or with other settings
+├── RewriteError                the shrunk network is not what the plan says
+├── ExportError                 the exported file differs from the network
+└── RecipeError                 a file of `halp_fx.save` can't be written or read
 """
 
 from __future__ import annotations

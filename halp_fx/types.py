@@ -1,7 +1,7 @@
 """What flows between the stages: one frozen dataclass after each of them.
 
-    trace -> Traced -> groups -> ChannelGroups -> saliency -> Saliency
-    latency -> LatencyModel,  select -> Plan,  rewrite -> torch.fx.GraphModule
+trace -> Traced -> groups -> ChannelGroups -> saliency -> Saliency
+latency -> LatencyModel,  select -> Plan,  rewrite -> torch.fx.GraphModule
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class ChannelGroups:
     traced: Traced
     groups: tuple[Group, ...]
     pins: tuple[Pin, ...]
-    # Nodes are (parameter, dim); an edge carries `node` (graph node), `op` and `source`: who couples.
+    # Nodes are (parameter, dim); an edge says who couples: `node` (of the graph), `op`, `source`.
     graph: nx.MultiGraph[Any]
     # Graph node name -> its output: TensorSpec, number, None, or tuple/list/dict of those.
     outputs: Mapping[str, Any]

@@ -14,7 +14,7 @@ import numpy as np
 
 from halp_fx.passes.rules.components import connected_components, least_units, signatures
 from halp_fx.passes.rules.core import FIXED, Block, LabelRun, PinRecord
-from halp_fx.passes.rules.interpret import Snapshot, label_discovery, map_tensors
+from halp_fx.passes.rules.interpret import Snapshot, label_discovery, map_tensors, snapshots_in
 from halp_fx.passes.rules.shrink import Failure, Labelled, shrink
 from halp_fx.passes.rules.source import source_of
 from halp_fx.passes.rules.structure import named_tensors
@@ -77,7 +77,7 @@ class _Found:
         components = np.where(pinned[roots], FIXED, roots)
         self.vectors = [
             components[labels]
-            for snap in _all_snapshots(snapshots)
+            for snap in snapshots_in(snapshots)
             for labels in snap.labels.values()
         ]
         blocks = [components[b.start : b.start + b.size] for b in run.blocks]
@@ -130,7 +130,7 @@ class _Found:
         node = next(n for n in graph.nodes if n.name == failure.node)
         labels: list[IntArray] = []
         for name in [node.name, *(n.name for n in node.all_input_nodes)]:
-            for snap in _all_snapshots(self.snapshots.get(name)):
+            for snap in snapshots_in(self.snapshots.get(name)):
                 labels.extend(snap.labels.values())
         if node.op == "call_module":
             for _, tensor in named_tensors(self.traced.module.get_submodule(str(node.target))):
@@ -174,9 +174,7 @@ class _Found:
                 for name, value in self.snapshots.items()
             },
             parameters={
-                name: self._spec(
-                    Snapshot(tuple(t.shape), t.dtype, self.own[id(t)]), order
-                )
+                name: self._spec(Snapshot(tuple(t.shape), t.dtype, self.own[id(t)]), order)
                 for name, t in named_tensors(self.traced.module)
             },
             work=tuple(work.specify(lambda s: self._spec(s, order))),
@@ -253,8 +251,7 @@ class _Found:
                     node, reason = self.run.pins[i].node, self.run.pins[i].reason
                 source = source_of(nodes[node]) if node in nodes else ""
                 found.extend(
-                    Pin(name, block.dim, index, node, reason, source)
-                    for name in names[block.name]
+                    Pin(name, block.dim, index, node, reason, source) for name in names[block.name]
                 )
         return found
 
@@ -284,12 +281,6 @@ class _Found:
         return graph
 
 
-def _all_snapshots(value: Any) -> list[Snapshot]:
-    found: list[Snapshot] = []
-    map_tensors(value, lambda s: found.append(s) or s)
-    return found
-
-
 def _aliases(traced: Traced) -> dict[str, list[str]]:
     """First name of each tensor -> all its names."""
     by_id: dict[int, list[str]] = {}
@@ -303,4 +294,3 @@ def _producer(members: list[Member]) -> Member:
     rows = [m for m in members if m.dim == 0 and m.name.endswith("weight")]
     columns = {m.name for m in members if m.dim == 1}
     return next((m for m in rows if m.name not in columns), rows[0] if rows else members[0])
-

@@ -55,9 +55,7 @@ def _analytic(part: Part, backend: Analytic) -> Kernel:
     return Kernel(part.nodes[-1], part.nodes, axes, cost, part.op)
 
 
-def _measured(
-    groups: ChannelGroups, source: Source, progress: Progress | None
-) -> list[Kernel]:
+def _measured(groups: ChannelGroups, source: Source, progress: Progress | None) -> list[Kernel]:
     parts = kernel_parts(groups, source.backend.fuses, split=False)
     plans = [_Grid(groups, part) for part in parts]
     jobs: dict[str, Job] = {}

@@ -81,9 +81,7 @@ def _fill(module: fx.GraphModule, labelled: Labelled, alive: BoolArray) -> dict[
     return done
 
 
-def _add_unreached(
-    module: fx.GraphModule, root: nn.Module, cut: dict[int, torch.Tensor]
-) -> None:
+def _add_unreached(module: fx.GraphModule, root: nn.Module, cut: dict[int, torch.Tensor]) -> None:
     """Carry over, whole, the state that the graph never reads (heads used only in training)."""
     present = {name for name, _ in named_tensors(module)}
     missing = [name for name, _ in named_tensors(root) if name not in present]

@@ -26,6 +26,7 @@ from halp_fx.types import Traced
 
 __all__ = ["trace"]
 
+
 def trace(model: nn.Module, example_inputs: Any = None) -> Traced:
     """Trace `model` into a graph and run it once on the example.
 
@@ -99,7 +100,7 @@ def _link_training_flags(
     twin = structural_copy(model).train()
     try:
         other = Tracer(inputs, opaque).trace(twin)
-    except Exception:
+    except Exception:  # noqa: BLE001  whatever it is, the graph traced in eval mode stands
         return
     pairs = list(zip(graph.nodes, other.nodes, strict=False))
     if len(graph.nodes) != len(other.nodes):
@@ -168,6 +169,8 @@ def _record(
 ) -> dict[str, Any]:
     """What each node gives: on tensors without data where that works, else on the example."""
     count = sum(1 for n in module.graph.nodes if n.op == "placeholder")
+    if len(inputs) > count:
+        _check_inputs(root, inputs)
     given = inputs[:count]
     devices = {t.device for t in [*root.parameters(), *tensors_in(list(inputs))]}
     if len(devices) == 1:
@@ -179,7 +182,7 @@ def _record(
             with torch.no_grad(), OnMeta():
                 recorder.run(*without_data(given))
             return recorder.values
-        except Exception:  # noqa: S110  the example itself decides
+        except Exception:  # noqa: BLE001, S110  the example itself decides
             pass
     recorder = _Recorder(module)
     try:
@@ -214,15 +217,17 @@ def _example(root: nn.Module, given: Any) -> tuple[Any, ...]:
 def _guess_inputs(root: nn.Module) -> tuple[Any, ...]:
     """An image of the size the model's own attributes name, else the first common size it takes."""
     parameter = next((p for p in root.parameters() if p.is_floating_point()), None)
-    options = {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
+    options: dict[str, Any] = (
+        {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
+    )
     generator = torch.Generator().manual_seed(0)
     tried: list[tuple[int, ...]] = []
     for shape in _shapes(root):
-        image = torch.rand(shape, generator=generator).to(**options)  # type: ignore[arg-type]
+        image = torch.rand(shape, generator=generator).to(**options)
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(root)):
                 root(image)
-        except Exception:
+        except Exception:  # noqa: BLE001  the model decides what it takes
             tried.append(shape)
             continue
         return (image,)

@@ -48,9 +48,7 @@ def expand_attention(
     else:
         weights = weight.chunk(3, dim=0)
         biases = (None, None, None) if bias is None else bias.chunk(3, dim=0)
-        q, k, v = (
-            F.linear(x, weights[i], biases[i]) for i, x in enumerate((query, key, value))
-        )
+        q, k, v = (F.linear(x, weights[i], biases[i]) for i, x in enumerate((query, key, value)))
     q, k, v = (x.unflatten(-1, (heads, width)).transpose(1, 2) for x in (q, k, v))
     if given.get("need_weights", True):
         scores = torch.matmul(q * (width**-0.5), k.transpose(-2, -1)).softmax(dim=-1)

@@ -124,11 +124,11 @@ def trilinear(run: LabelRun, call: OpCall) -> None:
     operands, summed = [], set(call.args[6])
     rank = call.args[0].ndim + len(call.args[3])
     for tensor, new in zip(call.args[:3], call.args[3:6], strict=True):
-        own = iter(range(tensor.ndim))
-        operands.append((tensor, [None if d in new else next(own) for d in range(rank)]))
+        dims = iter(range(tensor.ndim))
+        operands.append((tensor, [None if d in new else next(dims) for d in range(rank)]))
     result: dict[int, IntArray | None] = {}
     for dim in range(rank):
-        present = [(t, place[dim]) for t, place in operands if place[dim] is not None]
+        present = [(t, own) for t, place in operands if (own := place[dim]) is not None]
         vectors = [labels_of(t).get(own) for t, own in present if t.shape[own] > 1]
         for vector in vectors[1:]:
             run.tie(vectors[0], vector, _READS_FIXED)

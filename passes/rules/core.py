@@ -289,7 +289,7 @@ class LabelMode(TorchDispatchMode):
     """Sends every ATen operator through a `LabelRun`."""
 
     def __init__(self, run: LabelRun) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.run = run
 
     def __torch_dispatch__(  # noqa: D105
@@ -325,6 +325,9 @@ _WHOLE = {
 
 class OnMeta(TorchDispatchMode):
     """Makes every new tensor without data (device "meta")."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(  # noqa: D105
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from halp_fx.passes.rules.core import OnMeta, tensors_in
-from halp_fx.passes.rules.interpret import Snapshot, map_tensors
+from halp_fx.passes.rules.interpret import Snapshot, map_tensors, snapshots_in
 from halp_fx.passes.rules.repair import Shrunk, repair
 from halp_fx.passes.rules.resize import fit_to_input, fit_to_weights
 from halp_fx.passes.rules.shrink import Labelled
@@ -43,7 +43,7 @@ def signature(groups: ChannelGroups, nodes: tuple[str, ...], kept: Mapping[int, 
                        for name, _ in named_tensors(target)]  # fmt: skip
             text = f"{type(target).__name__}({_attributes(target)}) parameters {tensors}"
         else:
-            name = node.target if isinstance(node.target, str) else node.target.__name__  # type: ignore[union-attr]
+            name = node.target if isinstance(node.target, str) else node.target.__name__
             text = f"{name}({_constants(node)})"
         parts.append(f"{text} inputs {inputs}")
     last = _shapes(groups.outputs.get(nodes[-1]), kept)
@@ -111,7 +111,7 @@ def cut(
         """What a node outside the kernel gives: an input, or a number."""
         snap = labelled.snapshots.get(node.name)
         if not isinstance(snap, Snapshot):
-            if any(True for _ in _tensor_leaves(snap)):
+            if next(snapshots_in(snap), None) is not None:
                 raise ValueError(f"{node.name} gives several tensors")
             return groups.traced.values.get(node.name)
         new = graph.placeholder(node.name)
@@ -148,13 +148,14 @@ def _settle(
     groups: ChannelGroups,
 ) -> None:
     """Set the constants of one node as in the shrunk network, and note what it gives."""
-    args, kwargs = (fx.map_arg(a, lambda n: meta[n]) for a in (new.args, new.kwargs))
+    args: Any = fx.map_arg(new.args, lambda n: meta[n])
+    kwargs: Any = fx.map_arg(new.kwargs, lambda n: meta[n])
     stand_in = _Named(node, new)
     with stand_in:
         repair(new, args, kwargs, facts)
     out = facts.snapshots[node.name]
     if node.op == "call_module":
-        first = next(tensors_in(args), None)
+        first = next(iter(tensors_in(args)), None)
         if first is not None and isinstance(out, Snapshot):
             dense = groups.traced.module.get_submodule(str(node.target))
             own = holder.get_submodule(str(node.target))
@@ -178,12 +179,6 @@ class _Named:
 
     def __exit__(self, *_: object) -> None:
         self.new.name = self.own
-
-
-def _tensor_leaves(value: Any) -> list[Snapshot]:
-    found: list[Snapshot] = []
-    map_tensors(value, lambda s: found.append(s) or s)
-    return found
 
 
 def _first_units(
@@ -223,9 +218,7 @@ def _attach(holder: nn.Module, path: str, module: nn.Module) -> None:
     holder.add_module(leaf, module)
 
 
-def _random(
-    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
-) -> torch.Tensor:
+def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(dtype)
     return torch.zeros(shape, dtype=dtype)

@@ -12,11 +12,26 @@ import torch
 from torch import fx, nn
 
 import halp_fx.passes.rules  # noqa: F401  (registers the rules)
-from halp_fx.passes.rules.core import FunctionMode, LabelMode, LabelRun, labels_of, set_labels, tensors_in
+from halp_fx.passes.rules.core import (
+    FunctionMode,
+    LabelMode,
+    LabelRun,
+    labels_of,
+    set_labels,
+    tensors_in,
+)
 from halp_fx.passes.rules.structure import empty_like, named_tensors, substitute_copy
 from halp_fx.types import IntArray, Traced
 
-__all__ = ["LabelInterpreter", "Snapshot", "fresh", "label_discovery", "map_tensors", "snapshot"]
+__all__ = [
+    "LabelInterpreter",
+    "Snapshot",
+    "fresh",
+    "label_discovery",
+    "map_tensors",
+    "snapshot",
+    "snapshots_in",
+]
 
 
 @dataclass(frozen=True)
@@ -45,18 +60,26 @@ def map_tensors(value: Any, change: Any) -> Any:
 
 def snapshot(value: Any) -> Any:
     """A nest of tensors as a nest of `Snapshot`s."""
-    return map_tensors(
-        value, lambda t: Snapshot(tuple(t.shape), t.dtype, dict(labels_of(t)))
-    )
+    return map_tensors(value, lambda t: Snapshot(tuple(t.shape), t.dtype, dict(labels_of(t))))
+
+
+def snapshots_in(value: Any) -> Iterator[Snapshot]:
+    """Every `Snapshot` in a nest, in order."""
+    if isinstance(value, Snapshot):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from snapshots_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from snapshots_in(item)
 
 
 def fresh(value: Any) -> Any:
     """New tensors without data and labels, of the same shapes, with the same known values."""
 
     def make(tensor: torch.Tensor) -> torch.Tensor:
-        new = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
-        )
+        new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         if (values := getattr(tensor, "_halp_values", None)) is not None:
             new._halp_values = values  # type: ignore[attr-defined]
         return new
@@ -77,9 +100,8 @@ class LabelInterpreter(fx.Interpreter):
     def execute(self) -> None:
         """Run the graph on the example's shapes."""
         inputs = [
-            fresh(self.traced.values[n.name]) for n in self.module.graph.nodes  # type: ignore
-            if n.op == "placeholder"
-        ]  # fmt: skip
+            fresh(self.traced.values[n.name]) for n in self.graph.nodes if n.op == "placeholder"
+        ]
         with torch.no_grad(), LabelMode(self.labels), FunctionMode(self.labels):
             self.run(*inputs)
 
@@ -119,7 +141,7 @@ class LabelInterpreter(fx.Interpreter):
                 for tensor in self.tensors_into(n):
                     self.labels.pin_tensor(tensor, f"goes into an object of type {kind}")
             return value
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  unknown never breaks
             first = str(error).strip().splitlines()[:1]
             return self.hold(n, f"can't be run without data: {type(error).__name__} {first}")
 

@@ -13,7 +13,7 @@ from halp_fx.passes.rules.core import FIXED, LabelRun, OpCall, labels_of, regist
 from halp_fx.passes.rules.pointwise import join
 from halp_fx.types import IntArray
 
-__all__ = ["reshape_labels", "rectangular"]
+__all__ = ["rectangular", "reshape_labels"]
 
 
 @register("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
@@ -128,9 +128,7 @@ def repeat(run: LabelRun, call: OpCall) -> None:
     source, times = call.args[0], call.arg(1, "repeats")
     shift = call.out.ndim - source.ndim
     labels = labels_of(source)
-    set_labels(
-        call.out, {d + shift: np.tile(v, times[d + shift]) for d, v in labels.items()}
-    )
+    set_labels(call.out, {d + shift: np.tile(v, times[d + shift]) for d, v in labels.items()})
 
 
 @register("select", "select_copy")
@@ -284,7 +282,7 @@ def index(run: LabelRun, call: OpCall) -> None:
             before = sum(1 for d in range(dim) if d not in indexed)
             result[before + (rank if before >= front else 0)] = vector
         elif len(indexed) == 1:
-            result.update({front: v for v in _picked(run, labels, dim, indices[dim]).values()})
+            result[front] = _picked(run, labels, dim, indices[dim])[dim]
         else:
             run.pin(vector, "channels are picked by several indices at once")
     set_labels(call.out, result)

@@ -41,9 +41,7 @@ class Shrunk:
 
     def dense(self, value: Any) -> Any:
         """Arguments as the dense network evaluated them: nodes become numbers or snapshots."""
-        return fx.map_arg(
-            value, lambda n: self.snapshots.get(n.name, self.values.get(n.name))
-        )
+        return fx.map_arg(value, lambda n: self.snapshots.get(n.name, self.values.get(n.name)))
 
     def moved(self, labels: IntArray, positions: Any) -> list[int]:
         """Where dense `positions` along a dim are in the shrunk network; the removed drop out."""
@@ -107,9 +105,7 @@ def _source(node: fx.Node, shrunk: Shrunk) -> Snapshot | None:
 
 
 @_handles("view", "reshape", "expand", torch.reshape, torch.broadcast_to, "broadcast_to")
-def _sizes(
-    node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], shrunk: Shrunk
-) -> None:
+def _sizes(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], shrunk: Shrunk) -> None:
     out = shrunk.snapshots[node.name]
     if not isinstance(out, Snapshot) or len(node.args) < 2 or node.kwargs:
         return
@@ -168,9 +164,7 @@ def _fitted(
 
 @_handles("split", "chunk", torch.split, torch.chunk, "tensor_split",
           torch.tensor_split, "split_with_sizes", torch.split_with_sizes)  # fmt: skip
-def _pieces(
-    node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], shrunk: Shrunk
-) -> None:
+def _pieces(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], shrunk: Shrunk) -> None:
     source = _source(node, shrunk)
     out = shrunk.snapshots[node.name]
     if source is None or not isinstance(out, (tuple, list)):
@@ -184,9 +178,7 @@ def _pieces(
 
 
 @_handles(operator.getitem, operator.setitem)
-def _getitem(
-    node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], shrunk: Shrunk
-) -> None:
+def _getitem(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], shrunk: Shrunk) -> None:
     source = _source(node, shrunk)
     if source is None:
         return
@@ -243,12 +235,10 @@ def _as_slice(positions: list[int], size: int) -> Any:
 
 @_handles("narrow", torch.narrow, "index_select", torch.index_select, "roll", torch.roll,
           "select", torch.select)  # fmt: skip
-def _picked(
-    node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], shrunk: Shrunk
-) -> None:
+def _picked(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], shrunk: Shrunk) -> None:
     """Picking positions along one dim becomes indexing with the shrunk network's positions."""
     source = _source(node, shrunk)
-    name = node.target if isinstance(node.target, str) else node.target.__name__  # type: ignore
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     dense = [shrunk.dense(a) for a in node.args] + [shrunk.dense(v) for v in node.kwargs.values()]
     if source is None or len(dense) < 3:
         return
@@ -353,7 +343,7 @@ _CONVOLUTIONS = {
 def _convolution_groups(
     node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], shrunk: Shrunk
 ) -> None:
-    place = _CONVOLUTIONS[node.target]  # type: ignore[index]
+    place: int = _CONVOLUTIONS[node.target]  # type: ignore[index]
     positional = len(node.args) > place
     groups = shrunk.dense(node.args[place] if positional else node.kwargs.get("groups", 1))
     source = _source(node, shrunk)

@@ -21,6 +21,7 @@ from halp_fx.passes.rules.interpret import (
     Snapshot,
     map_tensors,
     snapshot,
+    snapshots_in,
 )
 from halp_fx.passes.rules.repair import Shrunk, repair
 from halp_fx.passes.rules.resize import fit_to_input, fit_to_weights
@@ -142,7 +143,7 @@ class _Checker(LabelInterpreter):
         return value
 
     def fit_module(self, n: fx.Node, args: tuple[Any, ...]) -> None:
-        first = next(tensors_in(args), None)
+        first = next(iter(tensors_in(args)), None)
         out = self.facts.snapshots[n.name]
         if first is None or not isinstance(out, Snapshot):
             return
@@ -164,8 +165,8 @@ class _Checker(LabelInterpreter):
 
     def compare(self, n: fx.Node, value: Any) -> None:
         """Every tensor must have the shape and the channels that the labels say."""
-        dense = [s for s in _snapshots(self.facts.snapshots[n.name])]
-        got = [s for s in _snapshots(snapshot(value))]
+        dense = list(snapshots_in(self.facts.snapshots[n.name]))
+        got = list(snapshots_in(snapshot(value)))
         if len(dense) != len(got):
             raise StructureError(f"gives {len(got)} tensors instead of {len(dense)}")
         for old, new in zip(dense, got, strict=True):
@@ -186,7 +187,7 @@ class _Checker(LabelInterpreter):
 
     def relabel(self, n: fx.Node, value: Any) -> None:
         """What goes on has the labels of the dense run."""
-        pairs = zip(tensors_in(value), _snapshots(self.facts.snapshots[n.name]), strict=True)
+        pairs = zip(tensors_in(value), snapshots_in(self.facts.snapshots[n.name]), strict=True)
         for tensor, dense in pairs:
             set_labels(tensor, self.expected_labels(dense))
 
@@ -197,15 +198,7 @@ def _freeze(n: fx.Node, number: float) -> float:
     return number
 
 
-def _snapshots(value: Any) -> list[Snapshot]:
-    found: list[Snapshot] = []
-    map_tensors(value, lambda s: found.append(s) or s)
-    return found
-
-
 def _target(n: fx.Node) -> str:
     if n.op == "call_module":
         return f"module {n.target}"
     return n.target if isinstance(n.target, str) else getattr(n.target, "__name__", str(n.target))
-
-

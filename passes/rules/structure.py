@@ -55,9 +55,7 @@ def substitute_copy(module: nn.Module, tensors: dict[int, torch.Tensor]) -> Any:
 def without_data(value: Any) -> Any:
     """The same nest with tensors on the device "meta"; small integer tensors keep their values."""
     if isinstance(value, torch.Tensor):
-        empty = torch.empty_strided(
-            value.shape, value.stride(), dtype=value.dtype, device="meta"
-        )
+        empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
         keep_values(empty, value)
         return empty
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -137,9 +137,9 @@ class Tracer(fx.Tracer):
         """The items of what the example shows to be a tuple."""
         value = self.known(obj.node)
         if isinstance(value, torch.Tensor) and value.ndim > 0:
-            return iter([obj[i] for i in range(value.shape[0])])
+            return iter([_item(obj, i) for i in range(value.shape[0])])
         if isinstance(value, (tuple, list)):
-            return iter([obj[i] for i in range(len(value))])
+            return iter([_item(obj, i) for i in range(len(value))])
         return super().iter(obj)
 
     def known(self, node: fx.Node, batch: int = 0) -> Any:
@@ -174,6 +174,10 @@ class Tracer(fx.Tracer):
                 f"{node.name} is used as a plain number but depends on the batch or on data"
             )
         return value
+
+
+def _item(proxy: fx.Proxy, index: int) -> Any:
+    return proxy.tracer.create_proxy("call_function", operator.getitem, (proxy, index), {})
 
 
 def _one_more(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,0 +1,255 @@
+"""saliency: the Taylor score against a hand computation, and the scores without data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from halp_fx.errors import InputError, SaliencyError
+from halp_fx.passes.groups import find_groups
+from halp_fx.passes.saliency import score
+from halp_fx.passes.trace import trace
+from halp_fx.types import ChannelGroups, Saliency
+from tests import oracle
+
+__all__: list[str] = []
+
+Batch = tuple[Tensor, Tensor]
+
+
+def groups_of(model: nn.Module, *shape: int) -> ChannelGroups:
+    return find_groups(trace(model, torch.randn(2, *(shape or (3, 6, 6)))))
+
+
+def batches(count: int, *shape: int, classes: int = 3) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(4, *(shape or (3, 6, 6)), generator=generator, dtype=torch.float64),
+            torch.randint(0, classes, (4,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, norm: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, bias=False)
+        self.norm: nn.Module = nn.BatchNorm2d(8) if norm else nn.Identity()
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def make(norm: bool = True) -> TwoLayers:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = oracle.randomize(TwoLayers(norm)).double().eval()
+    assert isinstance(model, TwoLayers)
+    return model
+
+
+def by_name(groups: ChannelGroups, found: Saliency) -> dict[str, Any]:
+    return {g.name: s for g, s in zip(groups.groups, found.scores, strict=True)}
+
+
+def _gradients(model: nn.Module, batch: Batch, *parameters: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), parameters)
+
+
+def test_taylor_on_batch_norm_by_hand() -> None:
+    model, data = make(), batches(3)
+    groups = find_groups(trace(model, data[0][0]))
+    found = score(groups, data, F.cross_entropy)
+    gamma, beta = model.norm.weight, model.norm.bias
+    expected = torch.zeros(8, dtype=torch.float64)
+    for batch in data:
+        dgamma, dbeta = _gradients(model, batch, gamma, beta)
+        expected += (gamma * dgamma + beta * dbeta).abs().detach() / len(data)
+    np.testing.assert_allclose(by_name(groups, found)["conv"], expected.numpy(), rtol=1e-9)
+    assert (found.method, found.data_free) == ("taylor", False)
+
+
+def test_taylor_of_coupled_layers_sums_before_it_takes_the_absolute_value() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.na = nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6)
+            self.b, self.nb = nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6)
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            x = F.relu(self.na(self.a(x)))
+            return self.fc(F.relu(x + self.nb(self.b(x))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = oracle.randomize(Residual()).double().eval()
+    data = batches(2)
+    groups = find_groups(trace(model, data[0][0]))
+    (scores,) = score(groups, data, F.cross_entropy).scores
+    parameters = (model.na.weight, model.na.bias, model.nb.weight, model.nb.bias)
+    expected = torch.zeros(6, dtype=torch.float64)
+    for batch in data:
+        products = [
+            p * g for p, g in zip(parameters, _gradients(model, batch, *parameters), strict=True)
+        ]
+        expected += torch.stack(products).sum(0).abs().detach() / len(data)
+    np.testing.assert_allclose(scores, expected.numpy(), rtol=1e-9)
+
+
+def test_taylor_without_batch_norm_uses_the_filters() -> None:
+    model, data = make(norm=False), batches(2)
+    groups = find_groups(trace(model, data[0][0]))
+    found = score(groups, data, F.cross_entropy)
+    expected = torch.zeros(8, dtype=torch.float64)
+    for batch in data:
+        (gradient,) = _gradients(model, batch, model.conv.weight)
+        expected += (model.conv.weight * gradient).sum((1, 2, 3)).abs().detach() / len(data)
+    np.testing.assert_allclose(by_name(groups, found)["conv"], expected.numpy(), rtol=1e-9)
+
+
+def test_batch_norm_without_affine_falls_back_to_the_filters() -> None:
+    model = make()
+    model.norm = nn.BatchNorm2d(8, affine=False).double().eval()
+    data = batches(1)
+    groups = find_groups(trace(model, data[0][0]))
+    found = score(groups, data, F.cross_entropy)
+    (gradient,) = _gradients(model, data[0], model.conv.weight)
+    expected = (model.conv.weight * gradient).sum((1, 2, 3)).abs().detach()
+    np.testing.assert_allclose(by_name(groups, found)["conv"], expected.numpy(), rtol=1e-9)
+
+
+def test_batches_that_are_not_finite_are_skipped() -> None:
+    model, good = make(), batches(2)
+    groups = find_groups(trace(model, good[0][0]))
+    bad = good[0][0].clone()
+    bad[0, 0, 0, 0] = math.inf
+    mixed = score(groups, [good[0], (bad, good[0][1]), good[1]], F.cross_entropy)
+    clean = score(groups, good, F.cross_entropy)
+    for one, two in zip(mixed.scores, clean.scores, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-12)
+    with pytest.raises(SaliencyError, match="group 'conv' is not finite in any of 2 batches"):
+        score(groups, [(bad, good[0][1])] * 2, F.cross_entropy)
+
+
+def test_data_is_scored_in_eval_mode_and_leaves_statistics_alone() -> None:
+    model = make().train()
+    data = batches(2)
+    groups = find_groups(trace(model, data[0][0]))
+    with oracle.snapshot(model):
+        trained = score(groups, data, F.cross_entropy)
+    evaluated = score(find_groups(trace(make(), data[0][0])), data, F.cross_entropy)
+    for one, two in zip(trained.scores, evaluated.scores, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-12)
+
+
+def test_frozen_parameters_are_scored_all_the_same() -> None:
+    model, data = make(), batches(2)
+    expected = score(find_groups(trace(model, data[0][0])), data, F.cross_entropy)
+    model.requires_grad_(False)
+    with oracle.snapshot(model), torch.no_grad():
+        got = score(find_groups(trace(model, data[0][0])), data, F.cross_entropy)
+    for one, two in zip(got.scores, expected.scores, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-12)
+
+
+def test_data_may_be_a_generator_and_inputs_a_tuple() -> None:
+    class Two(TwoLayers):
+        def forward(self, x: Tensor, scale: Tensor) -> Any:  # type: ignore[override]
+            return super().forward(x * scale)
+
+    model = oracle.randomize(Two()).eval()
+    scale = torch.full((1, 1, 1, 1), 2.0)
+    groups = find_groups(trace(model, (torch.randn(2, 3, 6, 6), scale)))
+
+    def data() -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+        for x, target in batches(2):
+            yield (x.float(), scale), target
+
+    seen: list[tuple[int, int]] = []
+    found = score(
+        groups, data(), F.cross_entropy, progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen == [(1, 1), (2, 2)]
+    assert found.method == "taylor"
+
+
+def test_magnitude_by_hand() -> None:
+    """L2 norm of the filters, times the folded batch norm, relative to the group's mean."""
+    model = make()
+    groups = find_groups(trace(model, batches(1)[0][0]))
+    found = score(groups)
+    factor = model.norm.weight.abs() / torch.sqrt(model.norm.running_var + model.norm.eps)
+    norms = (model.conv.weight.square().sum((1, 2, 3)).sqrt() * factor).detach()
+    np.testing.assert_allclose(
+        by_name(groups, found)["conv"], (norms / norms.mean()).numpy(), rtol=1e-6
+    )
+    assert (found.method, found.data_free) == ("magnitude", True)
+
+
+def test_magnitude_is_taken_when_asked_even_with_data() -> None:
+    model, data = make(), batches(1)
+    groups = find_groups(trace(model, data[0][0]))
+    found = score(groups, data, F.cross_entropy, "magnitude")
+    assert (found.method, found.data_free) == ("magnitude", True)
+
+
+@pytest.mark.parametrize("kind", ["dict", "list", "tensors"])
+def test_a_callable_of_ones_own(kind: str) -> None:
+    groups = groups_of(TwoLayers())
+
+    def mine(given: ChannelGroups) -> Any:
+        assert given is groups
+        arrays = [np.arange(g.units) for g in given.groups]
+        if kind == "dict":
+            return {g.name: a for g, a in zip(given.groups, arrays, strict=True)}
+        return [torch.from_numpy(a) for a in arrays] if kind == "tensors" else arrays
+
+    found = score(groups, method=mine)
+    assert found.method == "mine"
+    for group, scores in zip(groups.groups, found.scores, strict=True):
+        assert scores.dtype == np.float64
+        assert scores.tolist() == list(range(group.units))
+
+
+def test_a_callable_object_is_named_by_its_class() -> None:
+    class Ones:
+        def __call__(self, groups: ChannelGroups) -> Any:
+            return [np.ones(g.units) for g in groups.groups]
+
+    assert score(groups_of(TwoLayers()), method=Ones()).method == "Ones"
+
+
+def test_dead_groups_are_refused_small_ones_are_not() -> None:
+    model = make()
+    with torch.no_grad():
+        model.conv.weight.zero_()
+    groups = find_groups(trace(model, batches(1)[0][0]))
+    with pytest.raises(SaliencyError, match="group 'conv' is zero for all its 8 units"):
+        score(groups)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": []}, "data was given without loss"),
+        ({"method": "taylor"}, "needs data and loss"),
+        ({"method": "fisher"}, "'fisher' is not known"),
+        ({"data": [], "loss": F.cross_entropy}, "data has no batches"),
+        ({"data": ["a"], "loss": F.cross_entropy}, "must be a pair .inputs, target., not str"),
+        ({"data": [(1, 2, 3)], "loss": F.cross_entropy}, "must be a pair"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        score(groups_of(TwoLayers()), **options)
