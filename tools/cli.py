@@ -14,8 +14,10 @@ from halp_fx.errors import InputError
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.trace import trace
 from halp_fx.tools import bench, inspector, profiler
+from halp_fx.tools import coverage as sweeps
 from halp_fx.tools import prune as pruner
 from halp_fx.tools.console import DebugOption, HalpCommands, err, out, progress_bars
+from halp_fx.tools.coverage_models import Family
 from halp_fx.tools.models import load_model, parse_input
 
 __all__ = ["app", "main"]
@@ -278,6 +280,70 @@ def discover(
     if output is not None:
         bench.write_csv(found, output)
         err().print(f"wrote {escape(str(output))}")
+
+
+@bench_app.command(
+    epilog="Examples:\n\n"
+    "halp-fx bench coverage --family torchvision -o coverage/\n\n"
+    "halp-fx bench coverage --family timm --models resnet10t,levit_128s -o coverage/"
+)
+def coverage(
+    family: Annotated[
+        Family, typer.Option("--family", help="Which models; detection only if asked for.")
+    ] = Family.torchvision,
+    models: Annotated[
+        str, typer.Option("--models", help="Comma-separated names.", show_default=False)
+    ] = "",
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            min=1,
+            help="At most so many models. Default: all; of timm, one for each of its files.",
+        ),
+    ] = None,
+    max_params: Annotated[
+        float, typer.Option("--max-params", help="Millions of parameters of a timm model.")
+    ] = 100.0,
+    budget: Annotated[
+        float, typer.Option("--budget", help="Share of the dense analytic latency.")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sample and of the weights.")] = 0,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds a model.")] = 600.0,
+    memory_gb: Annotated[float, typer.Option("--memory-gb", help="Memory a model.")] = 8.0,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Models at a time.")] = 1,
+    again: Annotated[
+        bool, typer.Option("--again", help="Repeat the models that were not exact.")
+    ] = False,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for the results; a run that was cut off goes on where it was.",
+        ),
+    ] = Path("coverage"),
+    debug: DebugOption = False,
+) -> None:
+    """Prunes each model of a library, in a process of its own, and checks the result."""
+    del debug
+    with progress_bars() as progress:
+        records = sweeps.coverage(
+            family,
+            output,
+            models=[name for name in models.split(",") if name.strip()],
+            limit=limit,
+            max_params=max_params * 1e6,
+            budget=budget,
+            seed=seed,
+            limits=sweeps.Limits(timeout, memory_gb),
+            jobs=jobs,
+            again=again,
+            progress=progress,
+        )
+    out().print(sweeps.coverage_table(records))
+    err().print(f"wrote {escape(str(output / family.value))}.csv, .md and .jsonl")
 
 
 def _load(model: str, shapes: list[str] | None, **options: Any) -> tuple[Any, Any]:

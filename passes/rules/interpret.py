@@ -206,7 +206,10 @@ def label_discovery(
         own[id(tensor)] = {
             dim: run.new_block(name, dim, size)
             for dim, size in enumerate(tensor.shape)
-            if size > 1 and not (dim > 1 and id(tensor) in kernels)
+            # Integers are counters and indices, not one value a channel.
+            if size > 1
+            and not (dim > 1 and id(tensor) in kernels)
+            and (tensor.is_floating_point() or tensor.is_complex())
         }
         tensors[id(tensor)] = tensor
     module = labelled_copy(traced.module, tensors.values(), own)

@@ -217,7 +217,8 @@ def cat(run: LabelRun, call: OpCall) -> None:
         first = next(v for v in vectors if v is not None)
         for vector in vectors:
             run.tie(first, vector)
-        labels[other] = first
+        if all(vector is not None for vector in vectors):
+            labels[other] = first
     set_labels(call.out, labels)
 
 

@@ -78,7 +78,8 @@ def join(
             continue
         for vector in meeting:
             run.tie(first, vector)
-        labels[dim] = first
+        if all(vector is not None for vector in meeting):
+            labels[dim] = first
     return labels
 
 

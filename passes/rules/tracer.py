@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -69,8 +70,15 @@ class Tracer(fx.Tracer):
         self.inputs = inputs
         self.opaque = opaque
         self.broken: tuple[str, Exception] | None = None
+        self._closed: set[Any] = set()
         self._evaluating = False
         self._batches: list[_Evaluation] = []
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        graph = super().trace(root, concrete_args)
+        for node in graph.nodes:  # set on what an opened function returned: it is no leaf
+            node.meta.pop("is_wrapped", None)
+        return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque:
@@ -81,6 +89,31 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any,
+                     **options: Any) -> Any:  # fmt: skip
+        """Functions that a library asks to keep whole (`fx.wrap`) are opened where that works."""
+        if kind != "call_function" or not self._opens(target):
+            return super().create_proxy(kind, target, args, kwargs, *rest, **options)
+        last = next(iter(reversed(self.graph.nodes)))
+        try:
+            opened = target(*args, **kwargs)
+        except Exception:  # noqa: BLE001  then it stays whole
+            opened = None
+        if isinstance(opened, fx.Proxy):
+            return opened
+        self._closed.add(target)
+        for node in reversed(self.graph.nodes):
+            if node is last:
+                break
+            self.graph.erase_node(node)
+        return super().create_proxy(kind, target, args, kwargs, *rest, **options)
+
+    def _opens(self, target: Any) -> bool:
+        if not isinstance(target, types.FunctionType) or target in self._closed:
+            return False
+        # torchvision.ops has operators with rules of their own, as stochastic depth.
+        return not f"{target.__module__}.".startswith(("torch.", "torchvision.ops."))
 
     def call_module(
         self,
