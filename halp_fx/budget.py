@@ -1,4 +1,4 @@
-"""How fast the network must be."""
+"""What the network must fit into: a latency, and where asked for parameters and multiply-adds."""
 
 from __future__ import annotations
 
@@ -18,22 +18,35 @@ _ACCEPTED = 'pass a share of the dense latency (0.5), a time ("4ms") or halp_fx.
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on latency: exactly one of a time and a share of the dense network's.
+    """Limits that hold together: on latency, on parameters, on multiply-adds; at least one.
+
+    Latency is given as a time or as a share of the dense network's, not both. Where it isn't
+    given, the pruned network must be no slower than the dense one. `params` and `macs` are counts
+    where they are above 1 or an `int`, and shares of the dense network's as floats up to 1.
 
     Raises:
-        BudgetError: both or none are given, or one is out of range.
+        BudgetError: none is given, or both a time and a share, or one is out of range.
 
     Example:
         >>> Budget(share=0.5).in_ms(dense_ms=8.0)
         4.0
+        >>> Budget(share=0.5, params=1e6, macs=0.25).counts(dense_params=4_000_000, dense_macs=800)
+        {'params': 1000000.0, 'macs': 200.0}
     """
 
     latency_ms: float | None = None  # milliseconds
     share: float | None = None  # of the dense latency, above 0 and at most 1
+    params: float | None = None  # numbers in the parameters, or their share
+    macs: float | None = None  # multiply-adds at the example's batch size, or their share
 
     def __post_init__(self) -> None:
-        if (self.latency_ms is None) == (self.share is None):
-            raise BudgetError("Budget takes exactly one of latency_ms and share")
+        if self.latency_ms is not None and self.share is not None:
+            raise BudgetError("Budget takes a latency once, as exactly one of latency_ms and share")
+        if (self.latency_ms, self.share, self.params, self.macs) == (None,) * 4:
+            raise BudgetError(
+                "Budget sets no limit: pass exactly one of latency_ms and share, or params, or "
+                "macs, or several"
+            )
         if self.share is not None:
             _check(self.share, "the share")
             if self.share > 1:
@@ -43,20 +56,35 @@ class Budget:
                 )
         if self.latency_ms is not None:
             _check(self.latency_ms, "latency_ms")
+        for name in ("params", "macs"):
+            limit = getattr(self, name)
+            if limit is not None:
+                _check(limit, name, f"pass a count ({name}=1e6) or a share ({name}=0.5)")
 
     def in_ms(self, dense_ms: float) -> float:
-        """The budget in milliseconds, for a dense network that takes `dense_ms`."""
+        """The latency budget in milliseconds, for a dense network that takes `dense_ms`."""
         if self.latency_ms is not None:
             return float(self.latency_ms)
-        assert self.share is not None
-        return float(self.share) * dense_ms
+        return float(self.share if self.share is not None else 1.0) * dense_ms
+
+    def counts(self, dense_params: int, dense_macs: int) -> dict[str, float]:
+        """The limits on "params" and "macs" as counts; only those that were given."""
+        found = {}
+        for name, limit, dense in (
+            ("params", self.params, dense_params),
+            ("macs", self.macs, dense_macs),
+        ):
+            if limit is not None:
+                is_share = isinstance(limit, float) and limit <= 1
+                found[name] = float(limit) * dense if is_share else float(limit)
+        return found
 
 
-def _check(value: Any, what: str) -> None:
+def _check(value: Any, what: str, accepted: str = _ACCEPTED) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BudgetError(f"{what} of the budget is {value!r}, not a number: {_ACCEPTED}")
+        raise BudgetError(f"{what} of the budget is {value!r}, not a number: {accepted}")
     if not math.isfinite(value) or value <= 0:
-        raise BudgetError(f"{what} of the budget is {value!r}, it must be above 0: {_ACCEPTED}")
+        raise BudgetError(f"{what} of the budget is {value!r}, it must be above 0: {accepted}")
 
 
 def parse_budget(budget: Any) -> Budget:

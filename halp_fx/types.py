@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 __all__ = [
+    "Branch",
     "ChannelGroups",
     "Extent",
     "Group",
@@ -132,6 +133,16 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A residual branch that may be dropped whole: it then adds a constant."""
+
+    operand: str  # graph node: the operand of the sum that the branch ends in
+    nodes: tuple[str, ...]  # graph nodes that serve nothing but the branch, in order
+    groups: tuple[int, ...]  # groups that live only in it: all of them go, or none
+    tensors: tuple[str, ...]  # parameters and buffers that only the branch reads
+
+
+@dataclass(frozen=True)
 class ChannelGroups:
     """Which channels stand or fall together, which must stay, and why."""
 
@@ -145,6 +156,7 @@ class ChannelGroups:
     # Parameter or buffer name -> its shape as a function of the units kept.
     parameters: Mapping[str, TensorSpec]
     work: tuple[Work, ...]  # every operator, in the order in which they run
+    branches: tuple[Branch, ...]  # what may be dropped whole
     # For the rewrite: the labels of the dense run, and the component of each unit of each group.
     labelled: Any = field(repr=False, compare=False)
     unit_components: tuple[IntArray, ...] = field(repr=False, compare=False)

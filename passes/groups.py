@@ -12,6 +12,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
+from halp_fx.passes.rules.branches import find_branches
 from halp_fx.passes.rules.components import connected_components, least_units, signatures
 from halp_fx.passes.rules.core import FIXED, Block, LabelRun, PinRecord
 from halp_fx.passes.rules.interpret import Snapshot, label_discovery, map_tensors, snapshots_in
@@ -164,20 +165,25 @@ class _Found:
                 )
             )
         order = sorted(range(len(groups)), key=lambda g: int(self.units[g][0]))
+        ordered = tuple(groups[g] for g in order)
+        outputs = {
+            name: map_tensors(value, lambda s: self._spec(s, order))
+            for name, value in self.snapshots.items()
+        }
+        parameters = {
+            name: self._spec(Snapshot(tuple(t.shape), t.dtype, self.own[id(t)]), order)
+            for name, t in named_tensors(self.traced.module)
+        }
+        logged = tuple(work.specify(lambda s: self._spec(s, order)))
         return ChannelGroups(
             traced=self.traced,
-            groups=tuple(groups[g] for g in order),
+            groups=ordered,
             pins=tuple(self._pins(names)),
             graph=self._graph(names),
-            outputs={
-                name: map_tensors(value, lambda s: self._spec(s, order))
-                for name, value in self.snapshots.items()
-            },
-            parameters={
-                name: self._spec(Snapshot(tuple(t.shape), t.dtype, self.own[id(t)]), order)
-                for name, t in named_tensors(self.traced.module)
-            },
-            work=tuple(work.specify(lambda s: self._spec(s, order))),
+            outputs=outputs,
+            parameters=parameters,
+            work=logged,
+            branches=find_branches(self.traced.module, ordered, outputs, parameters, logged),
             labelled=self.labelled,
             unit_components=tuple(self.units[g] for g in order),
         )

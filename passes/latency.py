@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ def price(
         kernels = [_analytic(part, backend) for part in kernel_parts(groups, True, split=True)]
     else:
         kernels = _measured(groups, source, progress)
+    kernels = [_droppable(kernel, groups) for kernel in kernels]
     dense = groups.dense_units
     total = float(sum(float(k.cost(*(a.size(dense) for a in k.axes))) for k in kernels))
     if not kernels or total <= 0:
@@ -53,6 +55,46 @@ def price(
 def _analytic(part: Part, backend: Analytic) -> Kernel:
     axes, cost = roofline(part, backend.cost_ms, backend.round_channels)
     return Kernel(part.nodes[-1], part.nodes, axes, cost, part.op)
+
+
+def _droppable(kernel: Kernel, groups: ChannelGroups) -> Kernel:
+    """A kernel within branches that can be dropped costs nothing when they are.
+
+    Where it only touches such a branch (the sum that follows is fused into it), the cost at the
+    least width stands for what remains.
+    """
+    inside = {g: i for i, branch in enumerate(groups.branches) for g in branch.groups}
+    owners = [
+        {inside[g] for g, _ in axis.parts}
+        if axis.fixed == 0 and all(g in inside for g, _ in axis.parts)
+        else set()
+        for axis in kernel.axes
+    ]
+    if not any(owners):
+        return kernel
+    nodes = [set(groups.branches[i].nodes) for i in set().union(*owners)]
+    whole = any(set(kernel.nodes) <= n for n in nodes)
+    least = [int(axis.size([g.least for g in groups.groups])) for axis in kernel.axes]
+    return replace(kernel, cost=_Droppable(kernel.cost, [bool(o) for o in owners], least, whole))
+
+
+class _Droppable:
+    """A cost that goes on to width 0 along some axes."""
+
+    def __init__(
+        self, cost: Callable[..., Any], can_vanish: list[bool], least: list[int], whole: bool
+    ) -> None:
+        self.cost, self.can_vanish, self.least, self.whole = cost, can_vanish, least, whole
+
+    def __call__(self, *sizes: Any) -> Any:
+        cost = self.cost(*(np.maximum(s, low) for s, low in zip(sizes, self.least, strict=True)))
+        if not self.whole:
+            return cost
+        gone: Any = False
+        for size, can in zip(sizes, self.can_vanish, strict=True):
+            if can:
+                gone = gone | (np.asarray(size) == 0)
+        return np.where(gone, 0.0, cost)
 
 
 def _measured(groups: ChannelGroups, source: Source, progress: Progress | None) -> list[Kernel]:

@@ -13,11 +13,12 @@ import torch
 from torch import fx, nn
 
 from halp_fx.errors import RewriteError
+from halp_fx.passes.rules.branches import branch_constant
 from halp_fx.passes.rules.core import StructureError
 from halp_fx.passes.rules.plan import BoolArray, alive_labels
 from halp_fx.passes.rules.shrink import Labelled, shrink
 from halp_fx.passes.rules.structure import named_tensors
-from halp_fx.types import Plan
+from halp_fx.types import Branch, Plan
 
 __all__ = ["rewrite"]
 
@@ -32,15 +33,19 @@ def rewrite(plan: Plan) -> fx.GraphModule:
     traced = groups.traced
     labelled: Labelled = groups.labelled
     alive = alive_labels(groups, plan.units)
+    dropped = _dropped(plan, alive)
     try:
-        module = shrink(labelled, alive)
+        module = shrink(labelled, alive, dropped=dropped)
     except StructureError as error:
         raise RewriteError(
             f"{traced.model_name} can't be shrunk as planned: {error}. This should not happen: "
             "please report it; excluding the channels around that node avoids it"
         ) from error
-    cut = _fill(module, labelled, alive)
-    _add_unreached(module, traced.root, cut)
+    gone = {name for branch, _ in dropped for name in branch.tensors}
+    cut = _fill(module, labelled, alive, gone)
+    for branch, constant in dropped:
+        module.get_submodule("_constants").register_buffer(branch.operand, constant)
+    _add_unreached(module, traced.root, cut, gone)
     _restore_persistence(module, traced.root)
     _restore_order(module, traced.root)
     for path, part in module.named_modules():
@@ -53,7 +58,27 @@ def rewrite(plan: Plan) -> fx.GraphModule:
     return module
 
 
-def _fill(module: fx.GraphModule, labelled: Labelled, alive: BoolArray) -> dict[int, torch.Tensor]:
+def _dropped(plan: Plan, alive: BoolArray) -> list[tuple[Branch, torch.Tensor]]:
+    """The branches whose groups are all empty, with the constants they leave behind."""
+    groups, traced = plan.groups, plan.groups.traced
+    found: list[tuple[Branch, torch.Tensor]] = []
+    for branch in groups.branches:
+        if any(len(plan.units[g]) for g in branch.groups):
+            continue
+        constant = branch_constant(
+            traced.module, branch, traced.values, set(branch.groups), groups.outputs
+        )
+        for dim, labels in groups.labelled.snapshots[branch.operand].labels.items():
+            if constant.shape[dim] > 1:
+                index = torch.from_numpy(np.flatnonzero(alive[labels])).to(constant.device)
+                constant = constant.index_select(dim, index)
+        found.append((branch, constant.clone()))
+    return found
+
+
+def _fill(
+    module: fx.GraphModule, labelled: Labelled, alive: BoolArray, gone: set[str]
+) -> dict[int, torch.Tensor]:
     """Put the surviving slices of the dense tensors where the empty ones are.
 
     Returns:
@@ -61,6 +86,8 @@ def _fill(module: fx.GraphModule, labelled: Labelled, alive: BoolArray) -> dict[
     """
     done: dict[int, torch.Tensor] = {}
     for name, dense in named_tensors(labelled.traced.module):
+        if name in gone:
+            continue
         if id(dense) not in done:
             cut = dense.detach()
             for dim, labels in labelled.own[id(dense)].items():
@@ -81,10 +108,12 @@ def _fill(module: fx.GraphModule, labelled: Labelled, alive: BoolArray) -> dict[
     return done
 
 
-def _add_unreached(module: fx.GraphModule, root: nn.Module, cut: dict[int, torch.Tensor]) -> None:
+def _add_unreached(
+    module: fx.GraphModule, root: nn.Module, cut: dict[int, torch.Tensor], gone: set[str]
+) -> None:
     """Carry over, whole, the state that the graph never reads (heads used only in training)."""
     present = {name for name, _ in named_tensors(module)}
-    missing = [name for name, _ in named_tensors(root) if name not in present]
+    missing = [name for name, _ in named_tensors(root) if name not in present | gone]
     if not missing:
         return
     clones = dict(cut)  # a tensor under a second name stays shared
@@ -116,7 +145,7 @@ def _restore_persistence(module: fx.GraphModule, root: nn.Module) -> None:
         for leaf in part._buffers:
             name = f"{path}.{leaf}" if path else leaf
             part._non_persistent_buffers_set.discard(leaf)
-            if name not in saved:
+            if name not in saved and not name.startswith("_constants."):
                 part._non_persistent_buffers_set.add(leaf)
 
 

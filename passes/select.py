@@ -1,30 +1,45 @@
 """select: which channels survive, by the joint knapsack over widths.
 
 Requires: groups, their saliency and a latency model of the same network; a budget in milliseconds.
-Ensures: the predicted latency is within the budget; `Plan.gap` is proven.
+Ensures: the predicted latency is within the budget, and so are parameters and multiply-adds where
+they are limited; `Plan.gap` is proven, whichever solver made the choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
-from halp_fx.errors import BudgetError, InfeasibleError
-from halp_fx.knapsack import Sum, SumTerm, solve
+from halp_fx.errors import BudgetError, InfeasibleError, InputError
+from halp_fx.knapsack import Sum, SumTerm, Term, solve
+from halp_fx.knapsack.baselines import solve_greedy, solve_uniform
+from halp_fx.knapsack.halp import solve_halp
+from halp_fx.knapsack.several import solve_several
+from halp_fx.passes.rules.counts import Count, mac_counts, parameter_counts, total
 from halp_fx.passes.rules.plan import kept_indices
 from halp_fx.types import (
     ChannelGroups,
+    Extent,
+    FloatArray,
     Group,
     IntArray,
+    Kernel,
     LatencyModel,
     Plan,
     Saliency,
+    TensorSpec,
 )
 
-__all__ = ["select", "widths"]
+__all__ = ["SOLVERS", "Knapsack", "knapsack_of", "select", "widths"]
 
+SOLVERS = ("joint", "halp", "greedy", "uniform")
 _MAX_LEVELS = 32
+_LATENCY_GAP = 1e-3  # at which the joint solver stops
+_BOUND_GAP = 0.02  # the same, where only its bound is wanted
 
 
 def widths(group: Group) -> IntArray:
@@ -40,65 +55,222 @@ def widths(group: Group) -> IntArray:
     return np.array(sorted(c for c in choices if c >= group.least), dtype=np.int64)
 
 
+class _Priced(Protocol):
+    """A `Kernel` or a `Count`: a cost that depends on some sizes."""
+
+    @property
+    def axes(self) -> tuple[Extent, ...]: ...
+    @property
+    def cost(self) -> Callable[..., Any]: ...
+
+
+@dataclass(frozen=True)
+class Knapsack:
+    """The choice of widths as `halp_fx.knapsack` takes it."""
+
+    values: tuple[FloatArray, ...]  # for each group, the saliency kept at each level
+    terms: tuple[Term, ...]  # latency
+    sizes: tuple[IntArray, ...]  # for each group, the units kept at each level
+    orders: tuple[IntArray, ...]  # for each group, its units, the most salient first
+    outputs: tuple[int, ...]  # for each term, the axis of the kernel's own width; -1: none
+
+
+def knapsack_of(groups: ChannelGroups, saliency: Saliency, latency: LatencyModel) -> Knapsack:
+    """Values and costs of all levels of all groups."""
+    sizes = tuple(widths(g) for g in groups.groups)
+    orders = tuple(np.argsort(-s, kind="stable") for s in saliency.scores)
+    values = tuple(
+        np.concatenate([[0.0], np.cumsum(s[order])])[n]
+        for s, order, n in zip(saliency.scores, orders, sizes, strict=True)
+    )
+    variable = [k for k in latency.kernels if k.axes]
+    outputs = [_output_axis(groups, k) for k in variable]
+    return Knapsack(
+        values=values,
+        terms=tuple(_terms(latency.kernels, sizes)),
+        sizes=sizes,
+        orders=orders,
+        outputs=(*outputs, -1),
+    )
+
+
 def select(
-    groups: ChannelGroups, saliency: Saliency, latency: LatencyModel, budget_ms: float
+    groups: ChannelGroups,
+    saliency: Saliency,
+    latency: LatencyModel,
+    budget_ms: float,
+    *,
+    solver: str = "joint",
+    limits: Mapping[str, float] | None = None,
 ) -> Plan:
     """Choose the units that keep the most saliency within `budget_ms` milliseconds.
 
+    Args:
+        solver: "joint", which is proven to be near the best; or to compare with, "halp" (the
+            paper's own, in 30 steps), "greedy" (the least saliency for each millisecond saved)
+            or "uniform" (the same share of every group).
+        limits: further limits, for the joint solver: "params" and "macs", as counts.
+
     Raises:
-        InfeasibleError: the least latency that can be reached is above the budget.
+        InputError: an unknown solver or limit, or limits with a solver that takes none.
+        BudgetError: a budget that is not above 0.
+        InfeasibleError: the least latency that can be reached is above the budget, or the limits
+            can't be met.
     """
-    if not budget_ms > 0:
-        raise BudgetError(f"budget_ms is {budget_ms!r}: pass a latency above 0 milliseconds")
-    choices = [widths(g) for g in groups.groups]
-    orders = [np.argsort(-s, kind="stable") for s in saliency.scores]
-    values = [
-        np.concatenate([[0.0], np.cumsum(s[order])])[n]
-        for s, order, n in zip(saliency.scores, orders, choices, strict=True)
-    ]
-    fixed = sum(float(k.cost()) for k in latency.kernels if not k.axes)
-    terms = [
-        SumTerm(
-            tuple(
-                Sum(
-                    tuple(g for g, _ in axis.parts),
-                    tuple(c * choices[g] for g, c in axis.parts),
-                    axis.fixed,
-                )
-                for axis in kernel.axes
-            ),
-            kernel.cost,
-        )
-        for kernel in latency.kernels
-        if kernel.axes
-    ]
-    try:
-        solution = solve(values, terms, budget_ms - fixed)
-    except InfeasibleError as error:
-        least = error.least + fixed
-        raise InfeasibleError(
-            f"the budget of {budget_ms:.4g} ms can't be met: the least latency that "
-            f"{groups.traced.model_name} can be pruned to is {least:.4g} ms "
-            f"({least / latency.dense_ms:.1%} of the dense {latency.dense_ms:.4g} ms)",
-            least,
-        ) from error
+    limits = dict(limits or {})
+    _check(budget_ms, solver, limits)
+    problem = knapsack_of(groups, saliency, latency)
+    params, macs = parameter_counts(groups), mac_counts(groups)
+    counts = {"params": params, "macs": macs}
+    if limits:
+        levels, value, bound = _within_all(groups, latency, problem, budget_ms, limits, counts)
+    else:
+        levels, value, bound = _within_time(groups, latency, problem, budget_ms, solver)
     units = tuple(
-        np.sort(order[: choices[g][level]])
-        for g, (order, level) in enumerate(zip(orders, solution.levels, strict=True))
+        np.sort(order[: size[level]])
+        for order, size, level in zip(problem.orders, problem.sizes, levels, strict=True)
     )
+    kept, dense = [len(u) for u in units], groups.dense_units
+    report = {
+        "limits": {"latency_ms": budget_ms, **limits},
+        "params": {"dense": total(params, dense), "pruned": total(params, kept)},
+        "macs": {"dense": total(macs, dense), "pruned": total(macs, kept)},
+    }
     return Plan(
         kept=kept_indices(groups, units),
         units=units,
         dense_ms=latency.dense_ms,
-        predicted_ms=latency.total_ms(_counts(units)),
+        predicted_ms=latency.total_ms(kept),
         budget_ms=budget_ms,
-        gap=max(0.0, (solution.bound - solution.value) / max(abs(solution.bound), 1e-300)),
-        value=solution.value,
+        gap=max(0.0, (bound - value) / max(abs(bound), 1e-300)),
+        value=value,
         dense_value=float(sum(s.sum() for s in saliency.scores)),
-        solver="joint",
+        solver=solver,
         groups=groups,
+        report=report,
     )
 
 
-def _counts(units: Sequence[IntArray]) -> list[int]:
-    return [len(u) for u in units]
+def _check(budget_ms: float, solver: str, limits: Mapping[str, float]) -> None:
+    if not budget_ms > 0:
+        raise BudgetError(f"budget_ms is {budget_ms!r}: pass a latency above 0 milliseconds")
+    if solver not in SOLVERS:
+        raise InputError(f"solver is {solver!r}: pass one of {', '.join(map(repr, SOLVERS))}")
+    for name, limit in limits.items():
+        if name not in ("params", "macs"):
+            raise InputError(f"limits has {name!r}: it takes 'params' and 'macs'")
+        if not limit > 0:
+            raise BudgetError(f"the limit on {name} is {limit!r}: pass a count above 0")
+    if limits and solver != "joint":
+        raise InputError(
+            f"the solver {solver!r} takes a limit on latency alone: leave {' and '.join(limits)} "
+            "out of the budget, or use solver='joint'"
+        )
+
+
+def _within_time(
+    groups: ChannelGroups, latency: LatencyModel, problem: Knapsack, budget_ms: float, solver: str
+) -> tuple[tuple[int, ...], float, float]:
+    """Levels, their value and a proven bound, for a limit on latency alone."""
+    values, terms = problem.values, problem.terms
+    try:
+        if solver == "joint":
+            solution = solve(values, terms, budget_ms, gap=_LATENCY_GAP)
+            return solution.levels, solution.value, solution.bound
+        bound = solve(values, terms, budget_ms, gap=_BOUND_GAP).bound
+    except InfeasibleError as error:
+        raise _unreachable(groups, latency, budget_ms, error.least) from error
+    if solver == "halp":
+        solution = solve_halp(values, terms, budget_ms, outputs=problem.outputs)
+    elif solver == "greedy":
+        solution = solve_greedy(values, terms, budget_ms)
+    else:
+        solution = solve_uniform(values, terms, budget_ms, sizes=problem.sizes)
+    return solution.levels, solution.value, bound
+
+
+def _within_all(
+    groups: ChannelGroups,
+    latency: LatencyModel,
+    problem: Knapsack,
+    budget_ms: float,
+    limits: Mapping[str, float],
+    counts: Mapping[str, Sequence[Count]],
+) -> tuple[tuple[int, ...], float, float]:
+    """The same for limits on parameters or multiply-adds besides."""
+    further = {name: _terms(counts[name], problem.sizes) for name in limits}
+    constraints = [
+        (problem.terms, budget_ms),
+        *((terms, limits[name]) for name, terms in further.items()),
+    ]
+    try:
+        solution = solve_several(problem.values, constraints, gap=_LATENCY_GAP)
+    except InfeasibleError as error:
+        model = groups.traced.model_name
+        for name, terms in further.items():
+            try:
+                solve(problem.values, terms, limits[name], gap=_BOUND_GAP)
+            except InfeasibleError as alone:
+                dense = total(counts[name], groups.dense_units)
+                raise InfeasibleError(
+                    f"the limit of {limits[name]:.6g} {name} can't be met: the fewest that "
+                    f"{model} can be pruned to are {alone.least:.6g} of {dense}",
+                    alone.least,
+                ) from error
+        try:
+            solve(problem.values, problem.terms, budget_ms, gap=_BOUND_GAP)
+        except InfeasibleError as alone:
+            raise _unreachable(groups, latency, budget_ms, alone.least) from error
+        raise InfeasibleError(
+            f"{model} can be pruned to {budget_ms:.4g} ms and to each of "
+            f"{', '.join(f'{limit:.6g} {name}' for name, limit in limits.items())}, but no choice "
+            "within all of them was found: raise one",
+            error.least,
+        ) from error
+    return solution.levels, solution.value, solution.bound
+
+
+def _unreachable(
+    groups: ChannelGroups, latency: LatencyModel, budget_ms: float, least: float
+) -> InfeasibleError:
+    return InfeasibleError(
+        f"the budget of {budget_ms:.4g} ms can't be met: the least latency that "
+        f"{groups.traced.model_name} can be pruned to is {least:.4g} ms "
+        f"({least / latency.dense_ms:.1%} of the dense {latency.dense_ms:.4g} ms)",
+        least,
+    )
+
+
+def _terms(priced: Iterable[_Priced], sizes: Sequence[IntArray]) -> list[Term]:
+    """One term for each cost that can change, and last one for all that can't."""
+    fixed = 0.0
+    terms: list[Term] = []
+    for item in priced:
+        if not item.axes:
+            fixed += float(item.cost())
+            continue
+        axes = tuple(
+            Sum(
+                tuple(g for g, _ in axis.parts),
+                tuple(c * sizes[g] for g, c in axis.parts),
+                axis.fixed,
+            )
+            for axis in item.axes
+        )
+        terms.append(SumTerm(axes, item.cost))
+    return [*terms, ((), fixed)]
+
+
+def _output_axis(groups: ChannelGroups, kernel: Kernel) -> int:
+    """The axis that the kernel's result has, channels first; -1 if none can change."""
+    spec = groups.outputs.get(kernel.nodes[-1])
+    if not isinstance(spec, TensorSpec):
+        return -1
+    keys = [_key(axis) for axis in kernel.axes]
+    return next((keys.index(_key(e)) for e in spec.extents if e.parts and _key(e) in keys), -1)
+
+
+def _key(extent: Extent) -> tuple[tuple[int, int], ...]:
+    """What extents that are multiples of each other have in common."""
+    divisor = math.gcd(*(channels for _, channels in extent.parts))
+    return tuple((group, channels // divisor) for group, channels in extent.parts)

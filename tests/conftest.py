@@ -1,4 +1,4 @@
-"""What the tests share: few threads, the data folder, networks that were pruned once."""
+"""What the tests share: one thread, the data folder, networks that were pruned once."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Build = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     """Small networks gain nothing from threads, and several test runs share a machine."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(2, before))
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -254,10 +254,12 @@ def test_the_coupling_graph() -> None:
     assert isinstance(graph, nx.MultiGraph)
     assert graph.nodes["stem.weight", 0]["size"] == 8
     assert ("stem.weight", 2) not in graph, "a kernel's rows are no channels"
-    ties = {
-        (frozenset((u, v)), d["node"], d["op"]) for u, v, d in graph.edges(data=True)
-    }
-    assert (frozenset({("stem.weight", 0), ("norm.weight", 0)}), "norm", "native_batch_norm") in ties
+    ties = {(frozenset((u, v)), d["node"], d["op"]) for u, v, d in graph.edges(data=True)}
+    assert (
+        frozenset({("stem.weight", 0), ("norm.weight", 0)}),
+        "norm",
+        "native_batch_norm",
+    ) in ties
     assert (frozenset({("a.weight", 0), ("b.weight", 1)}), "b", "convolution") in ties
     sums = [d for u, v, d in graph.edges(data=True) if d["node"] == "add"]
     assert sums

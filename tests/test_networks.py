@@ -67,9 +67,7 @@ NETWORKS = {
     "regnet_y_400mf": Network(_torchvision("regnet_y_400mf")),
     "googlenet": Network(_torchvision("googlenet", init_weights=False)),
     "deeplabv3_resnet50": Network(_torchvision("deeplabv3_resnet50", weights_backbone=None)),
-    "vit_b_16": Network(
-        _torchvision("vit_b_16", image_size=32), strict=False, norm_stats=True
-    ),
+    "vit_b_16": Network(_torchvision("vit_b_16", image_size=32), strict=False, norm_stats=True),
     "ssd300_vgg16": Network(_ssd, size=300),
 }
 

@@ -390,7 +390,7 @@ def test_norms_over_channels_are_noted() -> None:
     set_labels(x, {1: run.new_block("x", 1, 4)})
     with LabelMode(run):
         F.layer_norm(x, (4,))
-    (labels, node), = run.inexact
+    ((labels, node),) = run.inexact
     assert (labels.tolist(), node) == (SAME, "ln")
     assert run.pins == []
 
@@ -404,7 +404,9 @@ def test_registering_twice_raises() -> None:
     with pytest.raises(ValueError, match="the operator 'relu_of_mine' has a rule already"):
         register("relu_of_mine", "relu_of_mine")(rule)
     core._RULES.pop("relu_of_mine")
-    with pytest.raises(ValueError, match="the operator 'convolution' has a rule already: <function"):
+    with pytest.raises(
+        ValueError, match="the operator 'convolution' has a rule already: <function"
+    ):
         register("convolution")(rule)
 
 
@@ -420,7 +422,9 @@ def test_which_rule_an_operator_has() -> None:
 
 
 def test_a_rule_must_give_labels_of_the_right_size() -> None:
-    with pytest.raises(core.StructureError, match=r"3 labels for dim 1 of a tensor of shape \(2, 4"):
+    with pytest.raises(
+        core.StructureError, match=r"3 labels for dim 1 of a tensor of shape \(2, 4"
+    ):
         set_labels(torch.empty(2, 4), {1: np.arange(1, 4)})
 
 

@@ -194,7 +194,9 @@ def test_what_cannot_be_traced_is_held_whole() -> None:
 
 
 def test_the_top_cannot_be_held_whole() -> None:
-    with pytest.raises(TraceError, match="Sorting.forward can't be traced by torch.fx: .*submodule"):
+    with pytest.raises(
+        TraceError, match=r"Sorting.forward can't be traced by torch.fx: .*submodule"
+    ):
         trace(Sorting(), image(channels=8))
 
 

@@ -18,6 +18,7 @@ from halp_fx.tools import coverage as sweeps
 from halp_fx.tools import prune as pruner
 from halp_fx.tools.console import DebugOption, HalpCommands, err, out, progress_bars
 from halp_fx.tools.coverage_models import Family
+from halp_fx.tools.coverage_report import coverage_table
 from halp_fx.tools.models import load_model, parse_input
 
 __all__ = ["app", "main"]
@@ -342,7 +343,7 @@ def coverage(
             again=again,
             progress=progress,
         )
-    out().print(sweeps.coverage_table(records))
+    out().print(coverage_table(records))
     err().print(f"wrote {escape(str(output / family.value))}.csv, .md and .jsonl")
 
 

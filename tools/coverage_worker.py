@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,17 +27,19 @@ from halp_fx.latency import Analytic, Source
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import price
 from halp_fx.passes.rewrite import rewrite
+from halp_fx.passes.rules.plan import kept_indices
 from halp_fx.passes.saliency import score
 from halp_fx.passes.select import select
 from halp_fx.passes.trace import trace
 from halp_fx.tools.coverage_models import example_for
-from halp_fx.tools.exactness import compare, randomize
+from halp_fx.tools.exactness import Exactness, calibrate, compare, randomize
 from halp_fx.tools.models import load_model
 from halp_fx.types import ChannelGroups, LatencyModel, Plan
 
 __all__ = ["Cause", "Record", "examine"]
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+_WEAK = 1e-6  # a dependence of the output on the input that proves little
 _TOP = 8  # causes kept for each model
 
 
@@ -141,6 +145,7 @@ def _examine(log: _Log, spec: str, budget: float, seed: int) -> None:
     log.note(parameters=parameters, stage="input")
     if inputs is None:
         inputs = example_for(spec, network)
+    calibrate(network, inputs, seed)
     log.note(inputs=" ".join(_shape(x) for x in inputs), stage="trace")
 
     began = time.perf_counter()
@@ -173,19 +178,41 @@ def _examine(log: _Log, spec: str, budget: float, seed: int) -> None:
         parameters_kept=kept / max(parameters, 1),
         stage="compare",
     )
-    found = compare(network, pruned, plan.kept, inputs, seed=seed)
-    notes = [found.note] if found.note else []
-    if found.dtype != torch.float64:
-        notes.append("compared in float32")
-    if found.signal < 1e-6:
-        notes.append("the output hardly depends on the input: a weak test")
+    first = compare(network, pruned, plan.kept, inputs, seed=seed)
+    # A budget may leave most groups whole, or next to nothing of a group: halve them all, too.
+    log.note(error=first.error, signal=first.signal, stage="halve")
+    half = _halved(plan, seed)
+    second = compare(network, rewrite(half), half.kept, inputs, seed=seed)
     log.note(
-        status="exact" if found.exact else "inexact",
-        message="; ".join(notes),
-        error=found.error,
-        signal=found.signal,
+        status="exact" if first.exact and second.exact else "inexact",
+        message="; ".join(_notes(first, second)),
+        error=max(first.error, second.error),
+        signal=max(first.signal, second.signal),
         stage="done",
     )
+
+
+def _notes(budget: Exactness, halved: Exactness) -> list[str]:
+    notes = list(dict.fromkeys(found.note for found in (budget, halved) if found.note))
+    if budget.exact != halved.exact:
+        notes.append(f"inexact only when {'halved' if budget.exact else 'pruned to the budget'}")
+    if halved.dtype != torch.float64:
+        notes.append("compared in float32")
+    if budget.signal < _WEAK <= halved.signal:
+        notes.append("pruned to the budget, the output hardly depends on the input")
+    elif halved.signal < _WEAK:
+        notes.append("the output hardly depends on the input: a weak test")
+    return notes
+
+
+def _halved(plan: Plan, seed: int) -> Plan:
+    """Half of the units of each group, chosen at random."""
+    generator = np.random.default_rng(seed)
+    units = tuple(
+        np.sort(generator.permutation(group.units)[: max(group.least, (group.units + 1) // 2)])
+        for group in plan.groups.groups
+    )
+    return replace(plan, units=units, kept=kept_indices(plan.groups, units))
 
 
 def _plan(groups: ChannelGroups, scores: Any, costs: LatencyModel, budget: float) -> Plan:
@@ -221,18 +248,17 @@ def causes(groups: ChannelGroups) -> tuple[Cause, ...]:
 
 
 def _output_rows(groups: ChannelGroups) -> dict[tuple[str, int], int]:
-    """(weight, dim of its output channels) -> channels, of each layer that the graph calls."""
+    """(weight, dim of its output channels) -> channels, of each layer that the graph uses.
+
+    The layers are those of the model: the graph has only the weights of a layer class of a
+    model's own (a convolution with standardised weights).
+    """
     found: dict[tuple[str, int], int] = {}
-    seen: set[int] = set()
-    for path, module in groups.traced.module.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, _LAYERS) or not isinstance(weight, torch.Tensor):
-            continue
-        if id(weight) in seen:
-            continue
-        seen.add(id(weight))
-        dim = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
-        found[f"{path}.weight" if path else "weight", dim] = weight.shape[dim]
+    for path, module in groups.traced.root.named_modules():
+        name = f"{path}.weight" if path else "weight"
+        if isinstance(module, _LAYERS) and (spec := groups.parameters.get(name)) is not None:
+            dim = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
+            found[name, dim] = spec.dense_shape[dim]
     return found
 
 
@@ -257,9 +283,17 @@ def _peak_gb() -> float | None:
     return peak / (1 << 30 if sys.platform == "darwin" else 1 << 20)
 
 
+def _end_with(parent: int) -> None:
+    """End this process when the sweep that started it is gone, in whatever way."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 def main() -> None:
     """Entry point of the process."""
     job, output = json.loads(sys.argv[1]), Path(sys.argv[2])
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(int(job["threads"]))
     examine(job["model"], budget=job["budget"], seed=job["seed"], output=output)
 

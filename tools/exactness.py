@@ -10,20 +10,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from halp_fx.errors import InputError
+from halp_fx.tools.survivor_norms import survivor_statistics
 
-__all__ = ["Exactness", "compare", "masked_dense", "randomize"]
+__all__ = ["Exactness", "calibrate", "compare", "masked_dense", "randomize"]
 
 Kept = Mapping[str, tuple[Tensor | None, ...]]
 
@@ -153,10 +152,11 @@ def _masked(tensor: Tensor, dims: Sequence[Tensor | None]) -> Tensor:
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives norms, biases and constant tensors random values, in place; returns the model.
+    """Makes every channel of a freshly built network matter, in place; returns the model.
 
-    A freshly built network has zeros and ones there (and layer scales of 1e-6), behind which a
-    wrong channel would not show.
+    Norms, biases and constant tensors get random values: zeros and ones (and layer scales of
+    1e-6) would hide a wrong channel. Weights get the scale that keeps a signal alive through
+    many layers, a standard deviation of sqrt(2 / fan-in) (He et al., 2015).
     """
     generator = torch.Generator().manual_seed(seed)
     parameters = {id(p) for p in model.parameters()}
@@ -176,7 +176,58 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             elif bool((tensor == tensor.flatten()[0]).all()):
                 center = 1.0 if name.endswith("weight") and tensor.ndim == 1 else 0.0
                 tensor.copy_(center + 0.3 * noise)
+        for module in model.modules():
+            if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+                _rescale(module)
     return model
+
+
+def _rescale(layer: nn.Module) -> None:
+    weight = layer._parameters.get("weight")  # none where the layer makes it from something else
+    if weight is None or weight.ndim < 2 or not weight.is_floating_point():
+        return
+    rows = weight.shape[0]
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        rows = weight.shape[1]
+    spread = float(weight.std()) if weight.numel() > 1 else 0.0
+    if spread > 0.0:
+        weight.mul_(math.sqrt(2.0 * rows / weight.numel()) / spread)
+
+
+def calibrate(model: nn.Module, inputs: Sequence[Any], seed: int = 0, batch: int = 4) -> None:
+    """Sets the running statistics of batch norms to about those of random samples, in place.
+
+    Behind dozens of batch norms with other statistics than their inputs', nothing is left of the
+    input, and of what pruning got wrong. A model that takes no other batch than the example's is
+    calibrated on that.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def measure(norm: nn.Module, args: tuple[Any, ...]) -> None:
+        mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+        if mean is None or variance is None or not isinstance(args[0], Tensor):
+            return
+        dims = [d for d in range(args[0].ndim) if d != 1]
+        found, center = torch.var_mean(args[0].to(mean.dtype), dims, unbiased=False)
+        noise = torch.rand((2, *mean.shape), generator=generator).to(mean)
+        variance.copy_((found * (0.7 + 0.6 * noise[0])).clamp(min=1e-8))
+        mean.copy_(center + (noise[1] - 0.5) * 0.4 * variance.sqrt())
+
+    hooks = [
+        module.register_forward_pre_hook(measure)
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    size = _batch_of(inputs)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            try:
+                model(*_samples(inputs, size, max(batch, size + 1), torch.float32, seed))
+            except Exception:  # noqa: BLE001 (whatever a model raises at another batch)
+                model(*_samples(inputs, size, size, torch.float32, seed))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _state_note(model: nn.Module, pruned: nn.Module, kept: Kept) -> str:
@@ -217,7 +268,7 @@ def _batch_of(inputs: Sequence[Any]) -> int:
 def _samples(
     inputs: Sequence[Any], size: int, batch: int, dtype: torch.dtype, seed: int
 ) -> tuple[Any, ...]:
-    """The inputs; at another batch size, new random samples of the same range."""
+    """The inputs; at another batch size, new random samples of about the same size."""
     generator = torch.Generator().manual_seed(seed)
 
     def convert(tensor: Tensor) -> Tensor:
@@ -225,8 +276,7 @@ def _samples(
         if tensor.ndim and tensor.shape[0] == size and batch != size:
             rows = tensor.index_select(0, torch.arange(batch) % size)
             if rows.is_floating_point():
-                mixed = torch.rand(rows.shape, generator=generator, dtype=rows.dtype)
-                rows = rows * (0.5 + mixed)
+                rows = rows * torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
             tensor = rows
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
@@ -281,93 +331,3 @@ def _spread(want: Tensor, batch: int) -> float:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-
-
-# --- norms over the survivors ----------------------------------------------------------------
-
-
-@contextmanager
-def survivor_statistics(model: nn.Module, kept: Kept) -> Iterator[None]:
-    """Layer, RMS and group norms inside take their statistics over the survivors of their weight.
-
-    A norm without weights is left as it is: nothing names its channels.
-    """
-    alive: dict[int, Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        dims = kept.get(name, ())
-        if any(index is not None and len(index) for index in dims):
-            mask = torch.ones(parameter.shape, dtype=torch.bool)
-            for dim, index in enumerate(dims):
-                if index is not None and len(index):
-                    inside = torch.zeros(parameter.shape[dim], dtype=torch.bool)
-                    inside[index.cpu()] = True
-                    shape = [-1 if d == dim else 1 for d in range(parameter.ndim)]
-                    mask &= inside.reshape(shape)
-            alive[id(parameter)] = mask
-    with _Norms(alive):
-        yield
-
-
-class _Norms(TorchFunctionMode):
-    """Computes norms by hand where some channels of their weight are removed."""
-
-    def __init__(self, alive: Mapping[int, Tensor]) -> None:
-        super().__init__()
-        self.alive = alive
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        names = _ARGUMENTS.get(func)
-        if names is None:
-            return func(*args, **kwargs)
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        mask = self.alive.get(id(given.get("weight")))
-        if mask is None:
-            return func(*args, **kwargs)
-        if names == _GROUP:
-            return _group_norm(mask, given)
-        return _layer_norm(mask, given, centered=names == _LAYER)
-
-
-_LAYER = ("input", "normalized_shape", "weight", "bias", "eps")
-_RMS = ("input", "normalized_shape", "weight", "eps")
-_GROUP = ("input", "num_groups", "weight", "bias", "eps")
-_ARGUMENTS: dict[Any, tuple[str, ...]] = {
-    F.layer_norm: _LAYER,
-    torch.layer_norm: _LAYER,
-    F.rms_norm: _RMS,
-    torch.rms_norm: _RMS,
-    F.group_norm: _GROUP,
-    torch.group_norm: _GROUP,
-}
-
-
-def _layer_norm(mask: Tensor, given: Mapping[str, Any], *, centered: bool) -> Tensor:
-    """Input (..., *normalized_shape), mask (*normalized_shape)."""
-    x, eps = given["input"], given.get("eps", 1e-5 if centered else None)
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    dims = list(range(x.ndim - mask.ndim, x.ndim))
-    weights = mask.to(x.dtype)
-    count = weights.sum()
-    mean = (x * weights).sum(dims, keepdim=True) / count if centered else 0.0
-    power = ((x - mean).square() * weights).sum(dims, keepdim=True) / count
-    y = (x - mean) * torch.rsqrt(power + eps) * given["weight"]
-    bias = given.get("bias")
-    return y if bias is None else y + bias
-
-
-def _group_norm(mask: Tensor, given: Mapping[str, Any]) -> Tensor:
-    """Input (N, C, ...), mask (C); a group of which nothing is left may have any statistics."""
-    x, groups, eps = given["input"], given["num_groups"], given.get("eps", 1e-5)
-    parts = x.reshape(x.shape[0], groups, x.shape[1] // groups, -1)
-    weights = mask.to(x.dtype).reshape(1, groups, -1, 1)
-    count = weights.sum(2, keepdim=True).clamp(min=1) * parts.shape[3]
-    mean = (parts * weights).sum((2, 3), keepdim=True) / count
-    variance = ((parts - mean).square() * weights).sum((2, 3), keepdim=True) / count
-    y = ((parts - mean) * torch.rsqrt(variance + eps)).reshape(x.shape)
-    shape = (1, -1, *[1] * (x.ndim - 2))
-    bias = given.get("bias")
-    y = y * given["weight"].reshape(shape)
-    return y if bias is None else y + bias.reshape(shape)

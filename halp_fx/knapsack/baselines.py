@@ -56,14 +56,14 @@ def solve_uniform(
     raise ground.too_dear("uniform", least)
 
 
-def _shares(
-    ground: Ground, sizes: Sequence[npt.ArrayLike] | None
-) -> list[npt.NDArray[np.float64]]:
+def _shares(ground: Ground, sizes: Sequence[npt.ArrayLike] | None) -> list[npt.NDArray[np.float64]]:
     counts = [v.size for v in ground.values]
     if sizes is None:
         return [np.arange(1, n + 1) / n for n in counts]
     if len(sizes) != len(counts):
-        raise InputError(f"sizes has {len(sizes)} arrays for {len(counts)} variables: pass one each")
+        raise InputError(
+            f"sizes has {len(sizes)} arrays for {len(counts)} variables: pass one each"
+        )
     found = []
     for v, (given, count) in enumerate(zip(sizes, counts, strict=True)):
         size = np.asarray(given, dtype=np.float64)
@@ -73,9 +73,7 @@ def _shares(
     return found
 
 
-def solve_greedy(
-    values: Sequence[npt.ArrayLike], terms: Sequence[Term], budget: float
-) -> Solution:
+def solve_greedy(values: Sequence[npt.ArrayLike], terms: Sequence[Term], budget: float) -> Solution:
     """Lower one variable at a time, where the least value is lost for the cost saved.
 
     Each step goes down to the next level that saves cost at all, so that a level which costs as

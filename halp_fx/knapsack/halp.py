@@ -27,7 +27,6 @@ that is the method's weakness, and is reported as it is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,7 +89,7 @@ def solve_halp(
         if step > steps:  # the linearisation was below the truth: aim below the budget
             target -= (cost - budget) * (step - steps)
         lower = ground.settle(_step(ground, layers, levels, cost, target))
-        if lower is None or (step >= steps and np.array_equal(lower, levels)):
+        if lower is None:
             break
         levels, cost = lower, ground.cost(lower)
     if cost > budget:
@@ -99,9 +98,7 @@ def solve_halp(
             levels, cost = lowest, least
         if cost > budget:
             raise ground.too_dear("halp", cost)
-    return Solution(
-        tuple(int(k) for k in levels), ground.value(levels), cost, ground.most
-    )
+    return Solution(tuple(int(k) for k in levels), ground.value(levels), cost, ground.most)
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,9 @@ def _layers(ground: Ground, terms: Sequence[Term], outputs: Sequence[int] | None
     if outputs is None:
         outputs = [0 if n else -1 for n in counts]
     if len(outputs) != len(terms):
-        raise InputError(f"outputs has {len(outputs)} entries for {len(terms)} terms: pass one each")
+        raise InputError(
+            f"outputs has {len(outputs)} entries for {len(terms)} terms: pass one each"
+        )
     found = []
     for k, (term, axis, count) in enumerate(zip(terms, outputs, counts, strict=True)):
         if not -1 <= axis < count:
@@ -172,7 +171,9 @@ def _along(layer: _Layer, variable: int, levels: IntArray) -> FloatArray:
         return np.array(np.broadcast_to(np.asarray(found, dtype=np.float64), moving.shape))
     variables, table = term
     table = np.asarray(table, dtype=np.float64)
-    here = np.array(table[tuple(moving if k == axis else levels[v] for k, v in enumerate(variables))])
+    here = np.array(
+        table[tuple(moving if k == axis else levels[v] for k, v in enumerate(variables))]
+    )
     if np.isinf(here).any():
         # Forbidden beside the present inputs, though not beside lower ones: those follow later.
         inside = tuple(slice(int(levels[v]) + 1) for v in variables)

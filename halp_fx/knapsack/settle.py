@@ -66,9 +66,7 @@ class Ground:
     @property
     def most(self) -> float:
         """What no choice is worth more than: each variable at its best."""
-        return math.fsum(
-            float(v[a].max()) for v, a in zip(self.values, self.allowed, strict=True)
-        )
+        return math.fsum(float(v[a].max()) for v, a in zip(self.values, self.allowed, strict=True))
 
     def settle(self, levels: IntArray) -> IntArray | None:
         """The choice itself if it is allowed, else lower levels that are; None if there are none.
@@ -98,9 +96,7 @@ class Ground:
     def _best_below(
         self, scope: tuple[int, ...], finite: BoolArray, levels: IntArray
     ) -> IntArray | None:
-        inside = np.ix_(
-            *(np.flatnonzero(self.allowed[v][: levels[v] + 1]) for v in scope)
-        )
+        inside = np.ix_(*(np.flatnonzero(self.allowed[v][: levels[v] + 1]) for v in scope))
         choices = finite[inside]
         worth: FloatArray = np.zeros(choices.shape)
         for axis, v in enumerate(scope):
@@ -125,6 +121,6 @@ class Ground:
         """The error of a solver that ended above the budget, at cost `least`."""
         return InfeasibleError(
             f"the {solver} solver found nothing within the budget of {self.budget:.6g}; the least "
-            f"cost it reached is {least:.6g}: raise the budget, or use solver=\"joint\"",
+            f'cost it reached is {least:.6g}: raise the budget, or use solver="joint"',
             least=least,
         )

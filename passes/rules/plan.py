@@ -31,8 +31,18 @@ def kept_indices(
 ) -> dict[str, tuple[torch.Tensor | None, ...]]:
     """`Plan.kept` for a choice of units: parameter or buffer -> survivors along each dim."""
     alive = alive_labels(groups, units)
+    nothing = torch.empty(0, dtype=torch.int64)
+    gone = {
+        name
+        for branch in groups.branches
+        if not any(len(units[g]) for g in branch.groups)
+        for name in branch.tensors
+    }
     kept: dict[str, tuple[torch.Tensor | None, ...]] = {}
     for name, tensor in named_tensors(groups.traced.root):
+        if name in gone:
+            kept[name] = (nothing,) * tensor.ndim
+            continue
         own = groups.labelled.own.get(id(tensor), {})  # none: the graph never reads it
         dims: list[torch.Tensor | None] = []
         for dim in range(tensor.ndim):

@@ -7,7 +7,7 @@ Ensures: the shrunk graph runs, and at every node each channel is the one that t
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from halp_fx.passes.rules.interpret import (
 from halp_fx.passes.rules.repair import Shrunk, repair
 from halp_fx.passes.rules.resize import fit_to_input, fit_to_weights
 from halp_fx.passes.rules.structure import empty_like, named_tensors, substitute_copy
-from halp_fx.types import IntArray, Traced
+from halp_fx.types import Branch, IntArray, Traced
 
 __all__ = ["Failure", "Labelled", "shrink"]
 
@@ -54,12 +54,14 @@ def shrink(
     labelled: Labelled,
     alive: np.ndarray[Any, np.dtype[np.bool_]],
     failures: list[Failure] | None = None,
+    dropped: Sequence[tuple[Branch, torch.Tensor]] = (),
 ) -> fx.GraphModule:
     """The shrunk network without data (device "meta"), its graph's constants set and checked.
 
     Args:
         alive: by label, which channels survive.
         failures: collects the nodes that can't be shrunk; None raises at the first.
+        dropped: branches without channels, and what each adds instead (cut already).
 
     Raises:
         StructureError: a node can't be shrunk.
@@ -73,14 +75,61 @@ def shrink(
         seen.add(id(tensor))
         replaced[id(tensor)] = _cut_empty(labelled, tensor, alive)
     module: fx.GraphModule = substitute_copy(dense, replaced)
+    for branch, constant in dropped:
+        _drop(module, branch, constant, labelled, alive)
     for path, part in module.named_modules():
-        fit_to_weights(part, dense.get_submodule(path))
+        if path != "_constants":
+            fit_to_weights(part, dense.get_submodule(path))
     facts = Shrunk(labelled.snapshots, labelled.traced.values, alive)
     checker = _Checker(module, labelled, facts, failures)
     checker.execute()
     module.recompile()
     module.graph.lint()
     return module
+
+
+def _drop(
+    module: fx.GraphModule,
+    branch: Branch,
+    constant: torch.Tensor,
+    labelled: Labelled,
+    alive: np.ndarray[Any, np.dtype[np.bool_]],
+) -> None:
+    """Put a constant in place of a branch, and take its nodes, modules and tensors away."""
+    nodes = {n.name: n for n in module.graph.nodes}
+    operand = nodes[branch.operand]
+    if not hasattr(module, "_constants"):
+        module.add_module("_constants", nn.Module())
+    empty = torch.empty(constant.shape, dtype=constant.dtype, device="meta")
+    dense = labelled.snapshots[branch.operand]
+    labels = {d: labelled.components[v[alive[v]]] for d, v in dense.labels.items()}
+    set_labels(empty, {d: v for d, v in labels.items() if len(v) == constant.shape[d]})
+    module.get_submodule("_constants").register_buffer(operand.name, empty)
+    with module.graph.inserting_before(operand):
+        new = module.graph.create_node("get_attr", f"_constants.{operand.name}")
+    operand.replace_all_uses_with(new)
+    for name in reversed(branch.nodes):
+        module.graph.erase_node(nodes[name])
+    for name in branch.tensors:
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        owner._parameters.pop(leaf, None)
+        owner._buffers.pop(leaf, None)
+    _prune_shells(module, {name.rpartition(".")[0] for name in branch.tensors})
+
+
+def _prune_shells(module: fx.GraphModule, paths: set[str]) -> None:
+    """Delete modules that lost their tensors, and containers that hold nothing any more."""
+    called = [str(n.target) for n in module.graph.nodes if n.op == "call_module"]
+    for path in sorted(paths):
+        while path and not any(f"{c}.".startswith(f"{path}.") for c in called):
+            present = dict(module.named_modules())
+            if path in present and any(True for _ in named_tensors(present[path])):
+                break
+            parent, _, leaf = path.rpartition(".")
+            if path in present:
+                del present[parent]._modules[leaf]
+            path = parent
 
 
 def _cut_empty(
