@@ -2,7 +2,7 @@
 
 Requires: a `Traced` network.
 Ensures: any choice of units, as long as `Group.least` of each group are kept, leaves a network
-whose every tensor is rectangular; that was tried once on a random choice, node by node.
+whose every tensor is rectangular; that was tried on two random choices, node by node.
 """
 
 from __future__ import annotations
@@ -103,16 +103,19 @@ class _Found:
         self.units = [np.flatnonzero(self.group_of == g) for g in range(len(order))]
 
     def trial(self) -> list[Failure]:
-        """Shrink every group by an irregular choice; the nodes that can't follow."""
+        """Shrink every group by irregular choices; the nodes that can't follow."""
         failures: list[Failure] = []
-        if not self.units:
-            return failures
-        generator = np.random.default_rng(0)
-        alive = np.ones(self.run.size, dtype=bool)
-        for units, least in zip(self.units, self.least, strict=True):
-            keep = max(int(least), 1, len(units) // 2) if len(units) > 1 else int(least)
-            alive[generator.permutation(units)[keep:]] = False
-        shrink(self.labelled, alive[self.components], failures)
+        for seed in range(2 if self.units else 0):
+            generator = np.random.default_rng(seed)
+            alive = np.ones(self.run.size, dtype=bool)
+            for units, least in zip(self.units, self.least, strict=True):
+                # Shares differ, so that no two widths agree by chance.
+                keep = round(len(units) * generator.uniform(0.3, 0.8))
+                keep = min(max(keep, int(least), 1 if len(units) > 1 else 0), len(units))
+                alive[generator.permutation(units)[keep:]] = False
+            shrink(self.labelled, alive[self.components], failures)
+            if failures:
+                break
         return failures
 
     def give_up(self) -> list[Failure]:

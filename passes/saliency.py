@@ -204,7 +204,8 @@ def _magnitude(groups: ChannelGroups) -> list[FloatArray]:
             if not tensor.is_floating_point():
                 continue
             rows = tensor.movedim(member.dim, 0).reshape(tensor.shape[member.dim], -1)
-            norm = torch.linalg.vector_norm(rows.float(), dim=1).double().cpu().numpy() ** 2
+            wide = rows if rows.dtype == torch.float64 else rows.float()
+            norm = torch.linalg.vector_norm(wide, dim=1).double().cpu().numpy() ** 2
             factor = scale.get(member.name)
             if factor is not None and member.dim == 0 and factor.shape == norm.shape:
                 norm = norm * factor**2

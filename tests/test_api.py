@@ -87,15 +87,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
     for i, module in enumerate(model.modules()):
         module.training = i % 2 == 0
     random.seed(5)
-    np.random.seed(6)
+    np.random.seed(6)  # noqa: NPY002
     torch.manual_seed(7)
-    python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     grad_mode, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with oracle.snapshot(model):
         yield
     assert random.getstate() == python
-    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy, strict=True))  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), pytorch)
     assert (torch.is_grad_enabled(), torch.get_default_dtype()) == (grad_mode, dtype)
     assert torch.backends.mha.get_fastpath_enabled() == fast_path
@@ -132,7 +132,7 @@ def _infinite(groups: halp_fx.ChannelGroups) -> list[Any]:
 
 def _raising(groups: halp_fx.ChannelGroups) -> Any:
     random.random()
-    np.random.rand()
+    np.random.rand()  # noqa: NPY002
     torch.rand(1)
     raise RuntimeError("mine")
 
@@ -373,7 +373,7 @@ def test_success_leaves_the_model_alone(method: str) -> None:
 
 def test_plan_of_a_plain_module() -> None:
     for module in (nn.Conv2d(3, 8, 1), torch.fx.symbolic_trace(nn.ReLU()), "net"):
-        with pytest.raises(InputError, match="has no plan: pass what halp_fx.compile or"):
+        with pytest.raises(InputError, match=r"has no plan: pass what halp_fx.compile or"):
             halp_fx.plan_of(module)  # type: ignore[arg-type]
 
 

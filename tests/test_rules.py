@@ -90,7 +90,7 @@ ROWS: dict[str, Row] = {
     "mul spatial gate": Row(torch.mul, (X, T((2, 1, 6, 6), ())), {1: SAME}),
     "add bias": Row(lambda x, b: x + b[:, None, None], (X, VEC), {1: SAME}, PAIRS),
     "add broadcast": Row(torch.add, (T((2, 1, 6, 6), ()), X), {1: SAME}),
-    "add unlabelled": Row(torch.add, (X, PLAIN), {1: SAME}, pinned=SAME),
+    "add unlabelled": Row(torch.add, (X, PLAIN), {}, pinned=SAME),
     "where": Row(lambda x, y: torch.where(x > 0, x, y), (X, Y), {1: SAME}, PAIRS),
     "maximum": Row(torch.maximum, (X, Y), {1: SAME}, PAIRS),
     "max of two": Row(torch.max, (X, Y), {1: SAME}, PAIRS),
@@ -199,7 +199,7 @@ ROWS: dict[str, Row] = {
     ),
     # Contractions: the summed dims are tied, the output carries the weight's rows.
     "conv2d": Row(
-        lambda x, w: F.conv2d(x, w), (X, T((2, 4, 3, 3), (0, 1))), {1: [5, 6]},
+        F.conv2d, (X, T((2, 4, 3, 3), (0, 1))), {1: [5, 6]},
         [(1, 7), (2, 8), (3, 9), (4, 10)],
     ),
     "conv2d bias": Row(
@@ -228,7 +228,7 @@ ROWS: dict[str, Row] = {
         [(1, 7), (2, 8), (3, 9), (4, 10)],
     ),
     "addmm": Row(
-        lambda b, x, w: torch.addmm(b, x, w),
+        torch.addmm,
         (T((3,), (0,)), T((2, 2)), T((2, 3), (0, 1))),
         {1: [1, 2, 3]},
         [(1, 8), (2, 9), (3, 10), (4, 6), (5, 7)],
@@ -279,7 +279,7 @@ ROWS: dict[str, Row] = {
     "group_norm one exact": Row(
         lambda x: F.group_norm(x, 1), (X,), {1: SAME}, pinned=SAME, exact=True
     ),
-    "instance_norm": Row(lambda x: F.instance_norm(x), (X,), {1: SAME}),
+    "instance_norm": Row(F.instance_norm, (X,), {1: SAME}),
     # Reductions and pooling.
     "mean over space": Row(lambda x: x.mean((2, 3)), (X,), {1: SAME}),
     "mean keepdim": Row(lambda x: x.mean((2, 3), keepdim=True), (X,), {1: SAME}),
@@ -439,7 +439,7 @@ def swapped_halves() -> Iterator[Callable[[Tensor], Tensor]]:
             return torch.cat([2 * second, 2 * first], 1)
 
         library.impl("swap", swap, "CompositeExplicitAutograd")
-        library.impl("swap", lambda x: torch.empty_like(x), "Meta")
+        library.impl("swap", torch.empty_like, "Meta")
         yield torch.ops.halp_fx_tests.swap
     core._RULES.pop("halp_fx_tests::swap", None)
 

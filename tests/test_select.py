@@ -113,14 +113,13 @@ def test_the_best_units_of_each_group_stay() -> None:
 def test_kept_names_every_tensor() -> None:
     model = Chain()
     case = problem(model)
-    plan = select(*case, 0.5 * case[2].dense_ms)
+    plan = select(*case, 0.4 * case[2].dense_ms)
     assert list(plan.kept) == list(oracle.named_tensors(model))
     by_name = {g.name: u for g, u in zip(case[0].groups, plan.units, strict=True)}
     rows, columns, *_ = plan.kept["b.weight"]
-    assert rows is not None
-    assert columns is not None
-    assert rows.tolist() == by_name["b"].tolist()
-    assert columns.tolist() == by_name["a"].tolist()
+    for index, name, units in ((rows, "b", 6), (columns, "a", 5)):
+        assert (list(range(units)) if index is None else index.tolist()) == by_name[name].tolist()
+    assert rows is not None or columns is not None
     assert plan.kept["out.bias"] == (None,)
     assert plan.kept["a.weight"][1:] == (None, None, None)
 

@@ -115,10 +115,9 @@ def _becomes_constant(
             constant.add(node)  # a parameter, or no tensor at all
         elif node in region and node.all_input_nodes:
             target = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if _reads_nothing(node, target, own, outputs):
-                constant.add(node)
-            elif all(n in constant for n in node.all_input_nodes) and (
-                isinstance(target, _PASSES) or node.name in elementwise
+            keeps = isinstance(target, _PASSES) or node.name in elementwise
+            if _reads_nothing(node, target, own, outputs) or (
+                keeps and all(n in constant for n in node.all_input_nodes)
             ):
                 constant.add(node)
     return operand in constant

@@ -239,6 +239,12 @@ class LabelRun:
         if left.size:
             self.ties.append(TieRecord(left, right, self.node, self.op))
 
+    def same_size(self, tensor: torch.Tensor, other: torch.Tensor) -> None:
+        """Two tensors of one shape: what shrinks the one must shrink the other."""
+        a, b = labels_of(tensor), labels_of(other)
+        for dim in sorted(a.keys() | b.keys()):
+            self.tie(a.get(dim), b.get(dim), "takes its size from another tensor")
+
     def pin(self, labels: IntArray | None, reason: str) -> None:
         """These labels must stay."""
         if labels is None or self.checking:
@@ -308,6 +314,10 @@ class FunctionMode(TorchFunctionMode):
     def __torch_function__(  # noqa: D105
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func in _SIZED_AS:
+            out = func(*args, **(kwargs or {}))
+            self.run.same_size(out, args[1] if len(args) > 1 else (kwargs or {})["other"])
+            return out
         operator = _WHOLE.get(func)
         if operator is None or not isinstance(args[0], torch.Tensor):
             return func(*args, **(kwargs or {}))
@@ -321,6 +331,10 @@ _WHOLE = {
     torch.rms_norm: torch.ops.aten.rms_norm.default,
     torch.nn.functional.rms_norm: torch.ops.aten.rms_norm.default,
 }
+
+
+# Functions that take a shape from their second argument, which is not read otherwise.
+_SIZED_AS = {torch.Tensor.expand_as, torch.Tensor.view_as, torch.Tensor.reshape_as}
 
 
 class OnMeta(TorchDispatchMode):

@@ -37,10 +37,7 @@ def parameter_counts(groups: ChannelGroups) -> list[Count]:
         alike.setdefault((frozenset(a.parts for a in axes_of(part)[0]), spec.dtype), []).append(
             spec
         )
-    return [
-        _count(_reading(same), lambda _, moved, size=dtype.itemsize: moved / size)
-        for (_, dtype), same in alike.items()
-    ]
+    return [_count(_reading(same), _Numbers(dtype.itemsize)) for (_, dtype), same in alike.items()]
 
 
 def mac_counts(groups: ChannelGroups) -> list[Count]:
@@ -58,6 +55,16 @@ def mac_counts(groups: ChannelGroups) -> list[Count]:
 def total(counts: Iterable[Count], kept: Mapping[int, int] | Any) -> int:
     """The whole count when `kept[g]` units of group g survive."""
     return round(math.fsum(float(c.cost(*(axis.size(kept) for axis in c.axes))) for c in counts))
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """How many numbers so many bytes are."""
+
+    itemsize: int
+
+    def __call__(self, flops: Any, moved: Any) -> Any:
+        return moved / self.itemsize
 
 
 def _reading(specs: list[TensorSpec]) -> Part:
