@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -18,8 +19,9 @@ from halp_fx.latency import Source, measure_paired, resolve_backend
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import price
 from halp_fx.passes.rewrite import rewrite
+from halp_fx.passes.rules.counts import mac_counts, parameter_counts, total
 from halp_fx.passes.saliency import score
-from halp_fx.passes.select import select
+from halp_fx.passes.select import check_solver, select
 from halp_fx.passes.trace import trace
 from halp_fx.types import ChannelGroups, LatencyModel, Plan, Saliency
 
@@ -40,6 +42,7 @@ def compile(
     latency: Any = None,
     saliency: Callable[[ChannelGroups], Any] | str | None = None,
     exact: bool = False,
+    solver: str = "joint",
     verify: bool = True,
     progress: Progress | None = None,
 ) -> fx.GraphModule:
@@ -47,7 +50,8 @@ def compile(
 
     Args:
         model: a trained network; it is left as it is.
-        budget: share of the dense latency (0.5), a time ("4ms"), or a `Budget`.
+        budget: share of the dense latency (0.5), a time ("4ms"), or a `Budget`, which may limit
+            parameters and multiply-adds besides.
         example_inputs: a tensor or a tuple, the model's positional arguments, at the batch size
             that the latency is meant for. None: one image of the size the model expects.
         data: minibatches `(inputs, target)` to score channels by (HALP's Taylor saliency). None:
@@ -60,6 +64,8 @@ def compile(
             group name -> scores (units,).
         exact: pin the channels that LayerNorm and the like take statistics over. Otherwise they
             may go, and such norms take their statistics over the survivors.
+        solver: "joint", proven to be near the best choice; or, to compare with, "halp" (the
+            paper's own), "greedy" or "uniform".
         verify: measure the result beside the dense network, and choose again while it misses the
             budget. Only with a back-end that measures.
         progress: called as `progress(stage, done, total)`.
@@ -83,6 +89,7 @@ def compile(
         torch.Size([4, 8, 28, 28])
     """
     limit = parse_budget(budget)
+    check_solver(solver, limit.further)
     if data is not None and loss is None:
         raise InputError("data was given without loss: pass loss=callable(output, target)")
     tell = progress if progress is not None else _silent
@@ -102,12 +109,13 @@ def compile(
         costs = price(groups, source, progress=lambda done, total: tell("latency", done, total))
         stage("select")
         budget_ms = limit.in_ms(costs.dense_ms)
-        plan = select(groups, scores, costs, budget_ms)
+        choose = partial(select, solver=solver, limits=_limits(limit, groups))
+        plan = choose(groups, scores, costs, budget_ms)
         stage("rewrite")
         pruned = rewrite(_annotated(plan, scores, costs))
         if verify and source.backend.measured and source.table is not None:
             stage("verify")
-            pruned = _verified(pruned, limit, scores, costs, source, tell)
+            pruned = _verified(pruned, limit, scores, costs, source, tell, choose)
     plan = plan_of(pruned)  # the network should not keep the dense one alive
     pruned.meta["halp_fx"] = replace(plan, groups=plan.groups.without_network())
     return pruned
@@ -180,8 +188,17 @@ def _why_nothing(groups: ChannelGroups) -> str:
     return "\n".join([f"{name} has no channel that can be removed:", *shown])
 
 
+def _limits(limit: Budget, groups: ChannelGroups) -> dict[str, float]:
+    """What is limited besides the latency, as counts."""
+    if not limit.further:
+        return {}
+    dense = groups.dense_units
+    return limit.counts(total(parameter_counts(groups), dense), total(mac_counts(groups), dense))
+
+
 def _annotated(plan: Plan, scores: Saliency, costs: LatencyModel, **facts: Any) -> Plan:
     report = {
+        **plan.report,
         "model": plan.groups.traced.model_name,
         "saliency": scores.method,
         "data_free": scores.data_free,
@@ -199,6 +216,7 @@ def _verified(
     costs: LatencyModel,
     source: Source,
     tell: Progress,
+    choose: Callable[[ChannelGroups, Saliency, LatencyModel, float], Plan],
 ) -> fx.GraphModule:
     """Measure dense and pruned network in turn; while the pruned one is too slow, ask for less."""
     plan = plan_of(pruned)
@@ -225,7 +243,7 @@ def _verified(
             return pruned
         asked_ms *= min(allowed_ms / small.median_ms, 0.98)
         try:
-            plan = replace(select(groups, scores, costs, asked_ms), budget_ms=target_ms)
+            plan = replace(choose(groups, scores, costs, asked_ms), budget_ms=target_ms)
         except HalpError:
             return pruned  # nothing faster is left; the report says that the budget is missed
         pruned = rewrite(_annotated(plan, scores, costs))

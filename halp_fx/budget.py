@@ -61,6 +61,11 @@ class Budget:
             if limit is not None:
                 _check(limit, name, f"pass a count ({name}=1e6) or a share ({name}=0.5)")
 
+    @property
+    def further(self) -> tuple[str, ...]:
+        """What is limited besides the latency: "params", "macs", both or none."""
+        return tuple(name for name in ("params", "macs") if getattr(self, name) is not None)
+
     def in_ms(self, dense_ms: float) -> float:
         """The latency budget in milliseconds, for a dense network that takes `dense_ms`."""
         if self.latency_ms is not None:

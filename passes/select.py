@@ -7,8 +7,9 @@ they are limited; `Plan.gap` is proven, whichever solver made the choice.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from halp_fx.knapsack.several import solve_several
 from halp_fx.passes.rules.counts import Count, mac_counts, parameter_counts, total
 from halp_fx.passes.rules.plan import kept_indices
 from halp_fx.types import (
+    Branch,
     ChannelGroups,
     Extent,
     FloatArray,
@@ -34,7 +36,7 @@ from halp_fx.types import (
     TensorSpec,
 )
 
-__all__ = ["SOLVERS", "Knapsack", "knapsack_of", "select", "widths"]
+__all__ = ["SOLVERS", "Knapsack", "check_solver", "knapsack_of", "select", "widths"]
 
 SOLVERS = ("joint", "halp", "greedy", "uniform")
 _MAX_LEVELS = 32
@@ -42,8 +44,10 @@ _LATENCY_GAP = 1e-3  # at which the joint solver stops
 _BOUND_GAP = 0.02  # the same, where only its bound is wanted
 
 
-def widths(group: Group) -> IntArray:
+def widths(group: Group, *, droppable: bool = False) -> IntArray:
     """The numbers of units that a group may keep, ascending.
+
+    A group of a branch that is `droppable` whole may also keep none.
 
     Multiples of a power of two that grows with the group (8 from 64 units on), so that back-ends
     which compute channels in blocks find full ones; the least and the dense width always count.
@@ -52,7 +56,8 @@ def widths(group: Group) -> IntArray:
     while group.units // step > _MAX_LEVELS or (step < 8 and group.units >= 8 * step):
         step *= 2
     choices = {*range(step, group.units, step), group.units, max(group.least, 1), group.least}
-    return np.array(sorted(c for c in choices if c >= group.least), dtype=np.int64)
+    found = {c for c in choices if c >= group.least} | ({0} if droppable else set())
+    return np.array(sorted(found), dtype=np.int64)
 
 
 class _Priced(Protocol):
@@ -77,20 +82,21 @@ class Knapsack:
 
 def knapsack_of(groups: ChannelGroups, saliency: Saliency, latency: LatencyModel) -> Knapsack:
     """Values and costs of all levels of all groups."""
-    sizes = tuple(widths(g) for g in groups.groups)
+    within = {g for branch in groups.branches for g in branch.groups}
+    sizes = tuple(widths(g, droppable=i in within) for i, g in enumerate(groups.groups))
     orders = tuple(np.argsort(-s, kind="stable") for s in saliency.scores)
     values = tuple(
         np.concatenate([[0.0], np.cumsum(s[order])])[n]
         for s, order, n in zip(saliency.scores, orders, sizes, strict=True)
     )
-    variable = [k for k in latency.kernels if k.axes]
-    outputs = [_output_axis(groups, k) for k in variable]
+    outputs = [_output_axis(groups, k) for k in latency.kernels if k.axes]
+    together = _all_or_none(groups.branches, sizes)
     return Knapsack(
         values=values,
-        terms=tuple(_terms(latency.kernels, sizes)),
+        terms=(*_terms(latency.kernels, sizes), *together),
         sizes=sizes,
         orders=orders,
-        outputs=(*outputs, -1),
+        outputs=(*outputs, *[-1] * (1 + len(together))),
     )
 
 
@@ -118,7 +124,12 @@ def select(
             can't be met.
     """
     limits = dict(limits or {})
-    _check(budget_ms, solver, limits)
+    if not budget_ms > 0:
+        raise BudgetError(f"budget_ms is {budget_ms!r}: pass a latency above 0 milliseconds")
+    check_solver(solver, limits)
+    for name, limit in limits.items():
+        if not limit > 0:
+            raise BudgetError(f"the limit on {name} is {limit!r}: pass a count above 0")
     problem = knapsack_of(groups, saliency, latency)
     params, macs = parameter_counts(groups), mac_counts(groups)
     counts = {"params": params, "macs": macs}
@@ -132,7 +143,7 @@ def select(
     )
     kept, dense = [len(u) for u in units], groups.dense_units
     report = {
-        "limits": {"latency_ms": budget_ms, **limits},
+        "limits": limits,
         "params": {"dense": total(params, dense), "pruned": total(params, kept)},
         "macs": {"dense": total(macs, dense), "pruned": total(macs, kept)},
     }
@@ -151,19 +162,20 @@ def select(
     )
 
 
-def _check(budget_ms: float, solver: str, limits: Mapping[str, float]) -> None:
-    if not budget_ms > 0:
-        raise BudgetError(f"budget_ms is {budget_ms!r}: pass a latency above 0 milliseconds")
+def check_solver(solver: str, further: Collection[str] = ()) -> None:
+    """Whether there is such a solver, and it takes these limits besides the latency.
+
+    Raises:
+        InputError: it is unknown, or takes no further limits; the message says what to pass.
+    """
     if solver not in SOLVERS:
         raise InputError(f"solver is {solver!r}: pass one of {', '.join(map(repr, SOLVERS))}")
-    for name, limit in limits.items():
+    for name in further:
         if name not in ("params", "macs"):
             raise InputError(f"limits has {name!r}: it takes 'params' and 'macs'")
-        if not limit > 0:
-            raise BudgetError(f"the limit on {name} is {limit!r}: pass a count above 0")
-    if limits and solver != "joint":
+    if further and solver != "joint":
         raise InputError(
-            f"the solver {solver!r} takes a limit on latency alone: leave {' and '.join(limits)} "
+            f"the solver {solver!r} takes a limit on latency alone: leave {' and '.join(further)} "
             "out of the budget, or use solver='joint'"
         )
 
@@ -259,6 +271,16 @@ def _terms(priced: Iterable[_Priced], sizes: Sequence[IntArray]) -> list[Term]:
         )
         terms.append(SumTerm(axes, item.cost))
     return [*terms, ((), fixed)]
+
+
+def _all_or_none(branches: Iterable[Branch], sizes: Sequence[IntArray]) -> list[Term]:
+    """Forbids that some groups of a branch are empty and others are not."""
+    terms: list[Term] = []
+    for branch in branches:
+        for one, other in itertools.pairwise(branch.groups):
+            empty = np.equal.outer(sizes[one] == 0, sizes[other] == 0)
+            terms.append(((one, other), np.where(empty, 0.0, np.inf)))
+    return terms
 
 
 def _output_axis(groups: ChannelGroups, kernel: Kernel) -> int:

@@ -8,6 +8,7 @@ Ensures: the graph gives the model's outputs; module names, and with them the ke
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from halp_fx.passes.rules.structure import (
     substitute_copy,
     without_data,
 )
-from halp_fx.passes.rules.tracer import Tracer
+from halp_fx.passes.rules.tracer import Tracer, opened_functions
 from halp_fx.types import Traced
 
 __all__ = ["trace"]
@@ -68,7 +69,12 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Traced:
 def _trace_graph(
     root: nn.Module, inputs: tuple[Any, ...], name: str
 ) -> tuple[fx.Graph, dict[str, str]]:
-    """Trace, holding whole as a leaf each module that can't be traced."""
+    """Trace, going into every function; where that fails, with functions and modules kept whole."""
+    with opened_functions():
+        try:
+            return Tracer(inputs, {}).trace(root), {}
+        except Exception:  # noqa: BLE001  the next way tells what can't be traced
+            pass
     opaque: dict[str, str] = {}
     while True:
         tracer = Tracer(inputs, opaque)
@@ -99,7 +105,8 @@ def _link_training_flags(
     """
     twin = structural_copy(model).train()
     try:
-        other = Tracer(inputs, opaque).trace(twin)
+        with nullcontext() if opaque else opened_functions():
+            other = Tracer(inputs, opaque).trace(twin)
     except Exception:  # noqa: BLE001  whatever it is, the graph traced in eval mode stands
         return
     pairs = list(zip(graph.nodes, other.nodes, strict=False))

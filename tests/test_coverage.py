@@ -117,6 +117,23 @@ def test_statistics_are_those_of_the_survivors() -> None:
     assert float((plain - small).abs().max()) > 1e-3  # over all channels they differ
 
 
+def test_a_dropped_branch_still_adds_its_constant() -> None:
+    dense = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+    nothing = torch.empty(0, dtype=torch.int64)
+    kept = {
+        "0.weight": (nothing, None, None, None),
+        "0.bias": (nothing,),
+        "1.weight": (nothing,),
+        "2.weight": (nothing, nothing, None, None),
+        "2.bias": (nothing,),
+    }
+    masked = masked_dense(dense.eval(), kept)
+    with torch.no_grad():
+        outputs = masked(torch.randn(1, 3, 2, 2))
+    wanted = dense.get_parameter("2.bias").detach().reshape(1, 4, 1, 1).expand(1, 4, 2, 2)
+    assert torch.equal(outputs, wanted)
+
+
 def test_the_dense_network_stays_as_it_is() -> None:
     model, pruned, inputs = pruned_net()
     before = copy.deepcopy(model.state_dict())

@@ -48,7 +48,7 @@ class Cause:
     """Why channels are pinned."""
 
     reason: str
-    node: str  # graph node that pins them
+    node: str  # the first graph node that pins some of them
     source: str  # "file:line: code" of the model's source, or ""
     channels: int  # output channels of convolutions and linear layers
 
@@ -237,13 +237,16 @@ def prunable_share(groups: ChannelGroups) -> float:
 def causes(groups: ChannelGroups) -> tuple[Cause, ...]:
     """What pins output channels of convolutions and linear layers, most channels first."""
     rows = _output_rows(groups)
-    counts: Counter[tuple[str, str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()  # of a source line, which often makes many nodes
+    first: dict[tuple[str, str], str] = {}
     for pin in groups.pins:
         if (pin.name, pin.dim) in rows:
-            counts[pin.reason, pin.node, pin.source] += len(pin.index)
+            key = pin.reason, pin.source or pin.node
+            counts[key] += len(pin.index)
+            first.setdefault(key, pin.node)
     return tuple(
-        Cause(reason, node, source, channels)
-        for (reason, node, source), channels in counts.most_common(_TOP)
+        Cause(reason, first[reason, where], where if ":" in where else "", channels)
+        for (reason, where), channels in counts.most_common(_TOP)
     )
 
 

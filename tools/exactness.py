@@ -125,7 +125,8 @@ def masked_dense(model: nn.Module, kept: Kept) -> nn.Module:
 
     Zero along every dim, producers and consumers alike, so that products of two activations
     (attention's q and k) vanish for removed channels as well. Running statistics stay: a removed
-    channel must not be divided by a variance of zero.
+    channel must not be divided by a variance of zero. Where all of a tensor is gone, the branch
+    that it was in still adds what it makes of zeros: only weights that read channels are zero.
     """
     masked = copy.deepcopy(model)
     done: set[int] = set()
@@ -137,6 +138,9 @@ def masked_dense(model: nn.Module, kept: Kept) -> nn.Module:
             if (dims := kept.get(name)) is None:
                 continue
             done.add(id(tensor))
+            gone = any(index is not None and not len(index) for index in dims)
+            if gone and tensor.numel() == max(tensor.shape):  # a bias, a scale
+                continue
             tensor.copy_(_masked(tensor, dims))  # may be expanded memory: not in place by index
     return masked
 

@@ -27,8 +27,8 @@ POLISHED = 6  # choices improved, of those met at once
 CUTS = 100  # prices tried by cutting planes; some twenty are usual
 STEPS = 300  # prices tried by subgradients
 OFFER_EVERY = 20  # of them, between looks at the choices met
-STALE = 6  # steps without a better bound, after which they are halved
-PACE = 30.0  # a miss of a budget by its span counts as this many copies that disagree
+STALE = 10  # steps without a better bound, after which they are halved
+PACE = 10.0  # a miss of a budget by its span counts as this many copies that disagree
 
 # (choices, prices, how many of them to improve) -> best value known
 Offer = Callable[[IntArray, FloatArray, int], float]

@@ -70,7 +70,10 @@ def save(pruned: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
         raise RecipeError(f"{target}: there is no folder {str(target.parent)!r}; create it first")
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
+        partial.touch()  # safetensors alone would make it unreadable for other users
+        mode = partial.stat().st_mode
         save_file(tensors, partial, metadata=metadata)
+        partial.chmod(mode)
         os.replace(partial, target)
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise RecipeError(f"{target} can't be written: {error}") from error

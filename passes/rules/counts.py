@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from halp_fx.passes.rules.kernels import Part, axes_of, roofline
 from halp_fx.types import ChannelGroups, Extent, TensorSpec, Work
 
@@ -24,20 +26,36 @@ class Count:
 def parameter_counts(groups: ChannelGroups) -> list[Count]:
     """Numbers in the parameters, each tensor counted once under however many names.
 
-    Buffers, such as running statistics, are not parameters.
+    Buffers, such as running statistics, are not parameters. What the graph never reads (a head
+    that is used only in training) counts as it is, and what belongs to a branch that is dropped
+    whole counts nothing.
     """
-    specs = [
-        groups.parameters[name]
-        for name, _ in groups.traced.module.named_parameters()
-        if name in groups.parameters
-    ]
+    branch_of = {name: b for b, branch in enumerate(groups.branches) for name in branch.tensors}
     alike: dict[Any, list[TensorSpec]] = {}
-    for spec in specs:
-        part = _reading([spec])
-        alike.setdefault((frozenset(a.parts for a in axes_of(part)[0]), spec.dtype), []).append(
-            spec
-        )
-    return [_count(_reading(same), _Numbers(dtype.itemsize)) for (_, dtype), same in alike.items()]
+    unread = 0  # state that the graph never reads is carried over as it is
+    for name, tensor in groups.traced.root.named_parameters():
+        spec = groups.parameters.get(name)
+        if spec is None:
+            unread += tensor.numel()
+            continue
+        parts = frozenset(a.parts for a in axes_of(_reading([spec]))[0])
+        alike.setdefault((parts, spec.dtype, branch_of.get(name)), []).append(spec)
+    found = [Count((), _Constant(unread))] if unread else []
+    for (_, dtype, branch), specs in alike.items():
+        count = _count(_reading(specs), _Numbers(dtype.itemsize))
+        found.append(count if branch is None else _dropped(count, groups, branch))
+    return found
+
+
+def _dropped(count: Count, groups: ChannelGroups, branch: int) -> Count:
+    """The same count, but 0 when the branch is dropped whole, its last norm included."""
+    own = groups.branches[branch].groups
+    for k, axis in enumerate(count.axes):
+        if axis.fixed == 0 and axis.parts and all(g in own for g, _ in axis.parts):
+            return Count(count.axes, _Droppable(count.cost, k, passed=True))
+    group = own[0]
+    unit = Extent(groups.groups[group].units, 0, ((group, 1),))
+    return Count((*count.axes, unit), _Droppable(count.cost, len(count.axes), passed=False))
 
 
 def mac_counts(groups: ChannelGroups) -> list[Count]:
@@ -55,6 +73,29 @@ def mac_counts(groups: ChannelGroups) -> list[Count]:
 def total(counts: Iterable[Count], kept: Mapping[int, int] | Any) -> int:
     """The whole count when `kept[g]` units of group g survive."""
     return round(math.fsum(float(c.cost(*(axis.size(kept) for axis in c.axes))) for c in counts))
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A cost that nothing changes."""
+
+    number: int
+
+    def __call__(self) -> float:
+        return float(self.number)
+
+
+@dataclass(frozen=True)
+class _Droppable:
+    """A cost that is 0 where one of the sizes is."""
+
+    cost: Callable[..., Any]
+    axis: int  # of that size
+    passed: bool  # whether the cost takes that size too
+
+    def __call__(self, *sizes: Any) -> Any:
+        cost = self.cost(*sizes) if self.passed else self.cost(*sizes[: self.axis])
+        return np.where(np.asarray(sizes[self.axis]) == 0, 0.0, cost)
 
 
 @dataclass(frozen=True)

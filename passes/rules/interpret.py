@@ -121,7 +121,7 @@ class LabelInterpreter(fx.Interpreter):
             item = args[1]
             known = tuple(map(_known_index, item)) if isinstance(item, tuple) else item
             args = (args[0], known if isinstance(item, tuple) else _known_index(item))
-        return super().call_function(target, args, kwargs)
+        return super().call_function(target, _thawed(args), _thawed(kwargs))
 
     def value_of(self, n: fx.Node) -> Any:
         """Run one node; what can't run without data pins its channels."""
@@ -167,6 +167,17 @@ def _known_index(item: Any) -> Any:
     index = torch.empty(len(item), dtype=torch.int64, device="meta")
     index._halp_values = np.array(item, dtype=np.int64)  # type: ignore[attr-defined]
     return index
+
+
+def _thawed(value: Any) -> Any:
+    """Arguments as the generated code passes them: lists and dicts that may be changed."""
+    if isinstance(value, list):
+        return [_thawed(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _thawed(v) for k, v in value.items()}
+    if type(value) is tuple:
+        return tuple(_thawed(v) for v in value)
+    return value
 
 
 _PLAIN = (int, float, complex, str, bytes, type(None), type(Ellipsis), slice, range, torch.Tensor,

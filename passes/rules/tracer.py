@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from halp_fx.passes.rules.structure import (
     without_data,
 )
 
-__all__ = ["Tracer"]
+__all__ = ["Tracer", "opened_functions"]
 
 _OPENED = (
     nn.TransformerEncoder,
@@ -36,6 +36,11 @@ class _Proxy(fx.Proxy):
 
     tracer: Tracer
 
+    def __getattr__(self, k: str) -> Any:
+        if k.startswith("__"):  # protocols of arrays: torch.tensor(size) should ask for a number
+            raise AttributeError(k)
+        return super().__getattr__(k)
+
     def __len__(self) -> int:
         return len(self.tracer.known(self.node))
 
@@ -50,6 +55,48 @@ class _Proxy(fx.Proxy):
 
     def __setitem__(self, item: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, item, value), {})
+
+
+@contextmanager
+def opened_functions() -> Iterator[None]:
+    """While this lasts, tracing goes into functions that a library asks to keep whole."""
+    wrapped = getattr(fx._symbolic_trace, "_wrapped_fns_to_patch", {})
+    kept = dict(wrapped)
+    try:
+        for key, namespace in kept.items():
+            if not f"{namespace.get('__name__')}.".startswith(("torch.", "torchvision.ops.")):
+                del wrapped[key]
+        yield
+    finally:
+        wrapped.clear()
+        wrapped.update(kept)
+
+
+@contextmanager
+def _numbers_as_tensors() -> Iterator[None]:
+    """While this lasts, `torch.tensor(x.shape[1])` makes a constant: it takes no proxies."""
+    plain, like = torch.tensor, torch.as_tensor
+
+    def unwrapped(data: Any) -> Any:
+        if isinstance(data, _Proxy):
+            return data.tracer.same_in_any_batch(data.node, (int, float))
+        if isinstance(data, (list, tuple)):
+            return type(data)(unwrapped(item) for item in data)
+        return data
+
+    def tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
+        return plain(unwrapped(data), *args, **kwargs)
+
+    def as_tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(data, _Proxy) and isinstance(data.tracer.known(data.node), torch.Tensor):
+            return data
+        return like(unwrapped(data), *args, **kwargs)
+
+    torch.tensor, torch.as_tensor = tensor, as_tensor
+    try:
+        yield
+    finally:
+        torch.tensor, torch.as_tensor = plain, like
 
 
 class Tracer(fx.Tracer):
@@ -70,15 +117,12 @@ class Tracer(fx.Tracer):
         self.inputs = inputs
         self.opaque = opaque
         self.broken: tuple[str, Exception] | None = None
-        self._closed: set[Any] = set()
         self._evaluating = False
         self._batches: list[_Evaluation] = []
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        graph = super().trace(root, concrete_args)
-        for node in graph.nodes:  # set on what an opened function returned: it is no leaf
-            node.meta.pop("is_wrapped", None)
-        return graph
+        with _numbers_as_tensors():
+            return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque:
@@ -89,31 +133,6 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any,
-                     **options: Any) -> Any:  # fmt: skip
-        """Functions that a library asks to keep whole (`fx.wrap`) are opened where that works."""
-        if kind != "call_function" or not self._opens(target):
-            return super().create_proxy(kind, target, args, kwargs, *rest, **options)
-        last = next(iter(reversed(self.graph.nodes)))
-        try:
-            opened = target(*args, **kwargs)
-        except Exception:  # noqa: BLE001  then it stays whole
-            opened = None
-        if isinstance(opened, fx.Proxy):
-            return opened
-        self._closed.add(target)
-        for node in reversed(self.graph.nodes):
-            if node is last:
-                break
-            self.graph.erase_node(node)
-        return super().create_proxy(kind, target, args, kwargs, *rest, **options)
-
-    def _opens(self, target: Any) -> bool:
-        if not isinstance(target, types.FunctionType) or target in self._closed:
-            return False
-        # torchvision.ops has operators with rules of their own, as stochastic depth.
-        return not f"{target.__module__}.".startswith(("torch.", "torchvision.ops."))
 
     def call_module(
         self,
@@ -182,8 +201,8 @@ class Tracer(fx.Tracer):
             tensors = {id(t): empty_like(t) for _, t in named_tensors(root)}
             meta = substitute_copy(root, tensors)
             self._batches = [
-                _Evaluation(meta, self.inputs),
-                _Evaluation(meta, _one_more(self.inputs)),
+                _Evaluation(meta, root, self.inputs),
+                _Evaluation(meta, root, _one_more(self.inputs)),
             ]
         self._evaluating = True
         try:
@@ -225,8 +244,9 @@ def _one_more(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 class _Evaluation:
     """Values of nodes for some inputs, worked out when they are asked for."""
 
-    def __init__(self, root: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __init__(self, root: nn.Module, origin: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.root = root
+        self.origin = origin
         self.inputs = without_data(inputs)
         self.values: dict[fx.Node, Any] = {}
 
@@ -248,7 +268,10 @@ class _Evaluation:
                     return self.inputs[place] if place < len(self.inputs) else node.args[0]
                 case "get_attr":
                     path, _, leaf = str(node.target).rpartition(".")
-                    return getattr(self.root.get_submodule(path), leaf)
+                    owner = self.root.get_submodule(path)
+                    if not hasattr(owner, leaf):  # a constant that tracing made since
+                        return without_data(getattr(self.origin.get_submodule(path), leaf))
+                    return getattr(owner, leaf)
                 case "call_module":
                     return self.root.get_submodule(str(node.target))(*args, **kwargs)
                 case "call_method":
