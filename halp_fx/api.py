@@ -43,6 +43,7 @@ def compile(
     saliency: Callable[[ChannelGroups], Any] | str | None = None,
     exact: bool = False,
     solver: str = "joint",
+    drop_blocks: bool = True,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> fx.GraphModule:
@@ -66,6 +67,8 @@ def compile(
             may go, and such norms take their statistics over the survivors.
         solver: "joint", proven to be near the best choice; or, to compare with, "halp" (the
             paper's own), "greedy" or "uniform".
+        drop_blocks: residual branches may go whole where that pays; the constant that such a
+            branch still adds is kept, in the state dict under "_constants.".
         verify: measure the result beside the dense network, and choose again while it misses the
             budget. Only with a back-end that measures.
         progress: called as `progress(stage, done, total)`.
@@ -109,7 +112,9 @@ def compile(
         costs = price(groups, source, progress=lambda done, total: tell("latency", done, total))
         stage("select")
         budget_ms = limit.in_ms(costs.dense_ms)
-        choose = partial(select, solver=solver, limits=_limits(limit, groups))
+        choose = partial(
+            select, solver=solver, limits=_limits(limit, groups), drop_blocks=drop_blocks
+        )
         plan = choose(groups, scores, costs, budget_ms)
         stage("rewrite")
         pruned = rewrite(_annotated(plan, scores, costs))

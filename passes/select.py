@@ -16,10 +16,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from halp_fx.errors import BudgetError, InfeasibleError, InputError
-from halp_fx.knapsack import Sum, SumTerm, Term, solve
-from halp_fx.knapsack.baselines import solve_greedy, solve_uniform
-from halp_fx.knapsack.halp import solve_halp
-from halp_fx.knapsack.several import solve_several
+from halp_fx.knapsack import (
+    Sum,
+    SumTerm,
+    Term,
+    solve,
+    solve_greedy,
+    solve_halp,
+    solve_several,
+    solve_uniform,
+)
 from halp_fx.passes.rules.counts import Count, mac_counts, parameter_counts, total
 from halp_fx.passes.rules.plan import kept_indices
 from halp_fx.types import (
@@ -80,9 +86,11 @@ class Knapsack:
     outputs: tuple[int, ...]  # for each term, the axis of the kernel's own width; -1: none
 
 
-def knapsack_of(groups: ChannelGroups, saliency: Saliency, latency: LatencyModel) -> Knapsack:
+def knapsack_of(
+    groups: ChannelGroups, saliency: Saliency, latency: LatencyModel, *, drop_blocks: bool = True
+) -> Knapsack:
     """Values and costs of all levels of all groups."""
-    within = {g for branch in groups.branches for g in branch.groups}
+    within = {g for branch in groups.branches for g in branch.groups if drop_blocks}
     sizes = tuple(widths(g, droppable=i in within) for i, g in enumerate(groups.groups))
     orders = tuple(np.argsort(-s, kind="stable") for s in saliency.scores)
     values = tuple(
@@ -108,6 +116,7 @@ def select(
     *,
     solver: str = "joint",
     limits: Mapping[str, float] | None = None,
+    drop_blocks: bool = True,
 ) -> Plan:
     """Choose the units that keep the most saliency within `budget_ms` milliseconds.
 
@@ -116,6 +125,7 @@ def select(
             paper's own, in 30 steps), "greedy" (the least saliency for each millisecond saved)
             or "uniform" (the same share of every group).
         limits: further limits, for the joint solver: "params" and "macs", as counts.
+        drop_blocks: whether residual branches may go whole.
 
     Raises:
         InputError: an unknown solver or limit, or limits with a solver that takes none.
@@ -130,7 +140,7 @@ def select(
     for name, limit in limits.items():
         if not limit > 0:
             raise BudgetError(f"the limit on {name} is {limit!r}: pass a count above 0")
-    problem = knapsack_of(groups, saliency, latency)
+    problem = knapsack_of(groups, saliency, latency, drop_blocks=drop_blocks)
     params, macs = parameter_counts(groups), mac_counts(groups)
     counts = {"params": params, "macs": macs}
     if limits:

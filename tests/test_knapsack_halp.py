@@ -216,7 +216,7 @@ def test_greedy_takes_the_cheapest_step_first() -> None:
 def test_infeasible_budgets_are_told(solver: Any) -> None:
     values, terms = chain(0)
     least = cost_of([0] * 5, terms)
-    with pytest.raises(InfeasibleError, match="found nothing within the budget of 0.1") as caught:
+    with pytest.raises(InfeasibleError, match=r"nothing within the budget of 0\.1") as caught:
         solver(values, terms, 0.1)
     assert caught.value.least == pytest.approx(least)
     assert solver(values, terms, least + 1e-9).cost == pytest.approx(least)

@@ -36,7 +36,7 @@ def more_terms(rng: np.random.Generator, values: list[FloatArray]) -> list[Term]
     return terms
 
 
-def check_against_brute_force(seed: int, count: int) -> bool:
+def check_against_brute_force(seed: int, count: int, *, near: bool = True) -> bool:
     """Whether an instance of `count` budgets had a solution, and the solver found one."""
     rng = np.random.default_rng(seed + 1_000_000)
     values, first = random_instance(seed, sums=True)
@@ -66,7 +66,8 @@ def check_against_brute_force(seed: int, count: int) -> bool:
     for cost, terms, budget in zip(solution.costs, costs, budgets, strict=True):
         assert cost <= budget
         assert cost == pytest.approx(cost_of(solution.levels, terms), rel=1e-11)
-    assert solution.value >= max(within) - 0.15 * abs(max(within)) - 1e-9
+    if near:
+        assert solution.value >= max(within) - 0.15 * abs(max(within)) - 1e-9
     return True
 
 
@@ -80,7 +81,7 @@ def test_against_brute_force(count: int) -> None:
 def test_split_relaxation_against_brute_force(limit: int, monkeypatch: Any) -> None:
     """Tables too large for one elimination: several components, still a valid bound."""
     monkeypatch.setattr(halp_fx.knapsack.relax.Relaxation.__init__, "__defaults__", (limit,))
-    assert sum(check_against_brute_force(seed, 2) for seed in range(25)) >= 12
+    assert sum(check_against_brute_force(seed, 2, near=False) for seed in range(25)) >= 12
 
 
 def test_one_constraint_is_the_plain_problem() -> None:
@@ -141,7 +142,9 @@ def test_infeasible_budgets() -> None:
     values = [[0.0, 1.0]]
     up: list[Term] = [((0,), [1.0, 2.0])]
     down: list[Term] = [((0,), [2.0, 1.0])]
-    with pytest.raises(InfeasibleError, match="budget 1 is 0.5, but the least cost 1 .* is 1") as e:
+    with pytest.raises(
+        InfeasibleError, match=r"budget 1 is 0\.5, but the least cost 1 .* is 1"
+    ) as e:
         solve_several(values, [(up, 5.0), (down, 0.5)])
     assert e.value.least == 1.0
     with pytest.raises(InfeasibleError, match="not all of them together"):
@@ -164,7 +167,7 @@ def test_wrong_input() -> None:
 def test_no_variables_and_constants() -> None:
     empty: list[Term] = [((), 1.0)]
     assert solve_several([], [(empty, 1.0), (empty, 2.0)]).costs == (1.0, 1.0)
-    with pytest.raises(InfeasibleError, match="budget 1 is 0.5"):
+    with pytest.raises(InfeasibleError, match=r"budget 1 is 0\.5"):
         solve_several([], [(empty, 1.0), (empty, 0.5)])
     one = solve_several([[2.0]], [(empty, 1.0), ([((0,), [3.0])], 3.0)])
     assert (one.levels, one.value, one.costs) == ((0,), 2.0, (1.0, 3.0))

@@ -20,9 +20,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from halp_fx.errors import InfeasibleError, InputError
-from halp_fx.knapsack import Solution, Term, cost_of, solve, value_of
-from halp_fx.knapsack.baselines import solve_greedy, solve_uniform
-from halp_fx.knapsack.halp import solve_halp
+from halp_fx.knapsack import (
+    Solution,
+    Term,
+    cost_of,
+    solve,
+    solve_greedy,
+    solve_halp,
+    solve_uniform,
+    value_of,
+)
 from halp_fx.latency import Analytic, Source
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import price

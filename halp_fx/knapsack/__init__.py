@@ -12,11 +12,40 @@ The answer carries a certificate: `Solution.bound` is proven. Only numpy is need
     moves        local moves on a solution
     branch       branch and bound that closes the gap
     solver       `solve`, all of these in order
+
+Several budgets at once, with one price each:
+
+    dual         bounds from the prices, and the search for the best ones
+    master       the small linear program of that search
+    trades       local moves that respect every budget
+    several      `solve_several`
+
+To compare with, without a certificate:
+
+    settle       the dense choice, and lower ones that are allowed
+    halp         `solve_halp`, the paper's own
+    baselines    `solve_greedy`, `solve_uniform`
 """
 
 from __future__ import annotations
 
+from halp_fx.knapsack.baselines import solve_greedy, solve_uniform
+from halp_fx.knapsack.halp import solve_halp
 from halp_fx.knapsack.model import Sum, SumTerm, Term, cost_of, value_of
+from halp_fx.knapsack.several import SeveralSolution, solve_several
 from halp_fx.knapsack.solver import Solution, solve
 
-__all__ = ["Solution", "Sum", "SumTerm", "Term", "cost_of", "solve", "value_of"]
+__all__ = [
+    "SeveralSolution",
+    "Solution",
+    "Sum",
+    "SumTerm",
+    "Term",
+    "cost_of",
+    "solve",
+    "solve_greedy",
+    "solve_halp",
+    "solve_several",
+    "solve_uniform",
+    "value_of",
+]
