@@ -14,6 +14,7 @@ from halp_fx.budget import Budget
 from halp_fx.knapsack import Solution, Sum, SumTerm, solve
 from halp_fx.latency import LatencyTable
 from halp_fx.passes.export import export_onnx
+from halp_fx.recalibrate import recalibrate
 from halp_fx.recipe import load, save
 from halp_fx.types import ChannelGroups, Plan
 
@@ -32,6 +33,7 @@ __all__ = [
     "latency",
     "load",
     "plan_of",
+    "recalibrate",
     "save",
     "solve",
 ]

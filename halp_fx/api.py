@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from halp_fx.budget import Budget, parse_budget
+from halp_fx.candidates import best_of
 from halp_fx.errors import HalpError, InputError, NothingToPruneError
 from halp_fx.latency import Source, measure_paired, resolve_backend
 from halp_fx.passes.groups import find_groups
@@ -44,6 +45,8 @@ def compile(
     exact: bool = False,
     solver: str = "joint",
     drop_blocks: bool = True,
+    min_share: float = 0.1,
+    candidates: int = 1,
     verify: bool = True,
     progress: Progress | None = None,
 ) -> fx.GraphModule:
@@ -69,6 +72,11 @@ def compile(
             paper's own), "greedy" or "uniform".
         drop_blocks: residual branches may go whole where that pays; the constant that such a
             branch still adds is kept, in the state dict under "_constants.".
+        min_share: each group of coupled channels keeps at least this share (a residual branch may
+            still go whole). Sums of saliencies say little about what is left of a layer of which
+            nearly all goes.
+        candidates: try so many near-optimal plans on a few batches of `data` (loss after batch
+            norm recalibration) and keep the best.
         verify: measure the result beside the dense network, and choose again while it misses the
             budget. Only with a back-end that measures.
         progress: called as `progress(stage, done, total)`.
@@ -95,6 +103,11 @@ def compile(
     check_solver(solver, limit.further)
     if data is not None and loss is None:
         raise InputError("data was given without loss: pass loss=callable(output, target)")
+    if candidates != 1 and (not isinstance(candidates, int) or candidates < 1 or data is None):
+        raise InputError(
+            f"candidates={candidates!r}: pass a whole number of at least 1; above 1 it needs data "
+            "and loss to try the plans on"
+        )
     tell = progress if progress is not None else _silent
     with _same_random_state(), _named_stage(model, tell) as stage:
         stage("trace")
@@ -113,9 +126,19 @@ def compile(
         stage("select")
         budget_ms = limit.in_ms(costs.dense_ms)
         choose = partial(
-            select, solver=solver, limits=_limits(limit, groups), drop_blocks=drop_blocks
+            select,
+            solver=solver,
+            limits=_limits(limit, groups),
+            drop_blocks=drop_blocks,
+            min_share=min_share,
         )
         plan = choose(groups, scores, costs, budget_ms)
+        if candidates > 1 and data is not None and loss is not None:
+            stage("candidates")
+            plan = best_of(
+                candidates, plan, scores, costs, choose, data, loss,
+                lambda done, total: tell("candidates", done, total),
+            )  # fmt: skip
         stage("rewrite")
         pruned = rewrite(_annotated(plan, scores, costs))
         if verify and source.backend.measured and source.table is not None:

@@ -50,10 +50,10 @@ _LATENCY_GAP = 1e-3  # at which the joint solver stops
 _BOUND_GAP = 0.02  # the same, where only its bound is wanted
 
 
-def widths(group: Group, *, droppable: bool = False) -> IntArray:
+def widths(group: Group, *, droppable: bool = False, min_share: float = 0.0) -> IntArray:
     """The numbers of units that a group may keep, ascending.
 
-    A group of a branch that is `droppable` whole may also keep none.
+    At least `min_share` of them; a group of a branch that is `droppable` whole may also keep none.
 
     Multiples of a power of two that grows with the group (8 from 64 units on), so that back-ends
     which compute channels in blocks find full ones; the least and the dense width always count.
@@ -61,8 +61,9 @@ def widths(group: Group, *, droppable: bool = False) -> IntArray:
     step = 1
     while group.units // step > _MAX_LEVELS or (step < 8 and group.units >= 8 * step):
         step *= 2
-    choices = {*range(step, group.units, step), group.units, max(group.least, 1), group.least}
-    found = {c for c in choices if c >= group.least} | ({0} if droppable else set())
+    least = max(group.least, math.ceil(min_share * group.units))
+    choices = {*range(step, group.units, step), group.units, max(least, 1), least}
+    found = {c for c in choices if c >= least} | ({0} if droppable else set())
     return np.array(sorted(found), dtype=np.int64)
 
 
@@ -87,11 +88,18 @@ class Knapsack:
 
 
 def knapsack_of(
-    groups: ChannelGroups, saliency: Saliency, latency: LatencyModel, *, drop_blocks: bool = True
+    groups: ChannelGroups,
+    saliency: Saliency,
+    latency: LatencyModel,
+    *,
+    drop_blocks: bool = True,
+    min_share: float = 0.0,
 ) -> Knapsack:
     """Values and costs of all levels of all groups."""
     within = {g for branch in groups.branches for g in branch.groups if drop_blocks}
-    sizes = tuple(widths(g, droppable=i in within) for i, g in enumerate(groups.groups))
+    sizes = tuple(
+        widths(g, droppable=i in within, min_share=min_share) for i, g in enumerate(groups.groups)
+    )
     orders = tuple(np.argsort(-s, kind="stable") for s in saliency.scores)
     values = tuple(
         np.concatenate([[0.0], np.cumsum(s[order])])[n]
@@ -117,6 +125,7 @@ def select(
     solver: str = "joint",
     limits: Mapping[str, float] | None = None,
     drop_blocks: bool = True,
+    min_share: float = 0.0,
 ) -> Plan:
     """Choose the units that keep the most saliency within `budget_ms` milliseconds.
 
@@ -126,6 +135,7 @@ def select(
             or "uniform" (the same share of every group).
         limits: further limits, for the joint solver: "params" and "macs", as counts.
         drop_blocks: whether residual branches may go whole.
+        min_share: each group keeps at least this share of its units, or goes with its branch.
 
     Raises:
         InputError: an unknown solver or limit, or limits with a solver that takes none.
@@ -140,7 +150,9 @@ def select(
     for name, limit in limits.items():
         if not limit > 0:
             raise BudgetError(f"the limit on {name} is {limit!r}: pass a count above 0")
-    problem = knapsack_of(groups, saliency, latency, drop_blocks=drop_blocks)
+    if isinstance(min_share, bool) or not 0 <= min_share <= 1:
+        raise InputError(f"min_share is {min_share!r}: pass a share from 0 to 1")
+    problem = knapsack_of(groups, saliency, latency, drop_blocks=drop_blocks, min_share=min_share)
     params, macs = parameter_counts(groups), mac_counts(groups)
     counts = {"params": params, "macs": macs}
     if limits:

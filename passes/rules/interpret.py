@@ -135,6 +135,8 @@ class LabelInterpreter(fx.Interpreter):
         if n.op == "call_module" and n.target in self.traced.opaque:
             reason = f"the module {n.target!r} could not be traced"
             return self.hold(n, f"{reason} ({self.traced.opaque[str(n.target)]})")
+        if n.op == "call_module" and isinstance(self.fetch_attr(str(n.target)), nn.RNNBase):
+            return self.hold(n, "a recurrent layer, which has no rule")
         try:
             value = super().run_node(n)
             if (kind := _unknown_object(value)) is not None:

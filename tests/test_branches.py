@@ -1,0 +1,157 @@
+"""Residual branches that are dropped whole, candidates, and batch norm recalibration."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import halp_fx
+from halp_fx.errors import InputError
+from halp_fx.passes.groups import find_groups
+from halp_fx.passes.trace import trace
+from tests import oracle
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, gate: bool = False) -> None:
+        super().__init__()
+        self.a, self.na = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.b, self.nb = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.gate = nn.Sequential(nn.Conv2d(width, 4, 1), nn.ReLU(), nn.Conv2d(4, width, 1))
+        self.gated = gate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.na(self.a(x)))
+        if self.gated:
+            y = y * torch.sigmoid(self.gate(y.mean((2, 3), keepdim=True)))
+        return F.relu(x + F.dropout(self.nb(self.b(y)), 0.1, self.training))
+
+
+class Residual(nn.Module):
+    def __init__(self, blocks: int = 3, gate: bool = False) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.blocks = nn.Sequential(*(Block(16, gate) for _ in range(blocks)))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(F.relu(self.norm(self.stem(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def network(**options: Any) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model = Residual(**options)
+    oracle.randomize(model, 0)
+    return model, torch.randn(2, 3, 12, 12)
+
+
+# Kernels that cost the same at any width: dropping them is all that helps.
+OVERHEAD = halp_fx.latency.Analytic(overhead_ms=1.0)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_branches_are_found(gate: bool) -> None:
+    model, x = network(gate=gate)
+    groups = find_groups(trace(model, x))
+    assert len(groups.branches) == 3
+    own = [{groups.groups[g].name for g in b.groups} for b in groups.branches]
+    inner = {"blocks.0.a", "blocks.0.gate.0"} if gate else {"blocks.0.a"}
+    assert own[0] == inner
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_dropped_branch_leaves_its_constant(gate: bool, tmp_path: Path) -> None:
+    model, x = network(gate=gate)
+    with oracle.snapshot(model):
+        pruned = halp_fx.compile(model, 0.75, x, latency=OVERHEAD)
+    plan = halp_fx.plan_of(pruned)
+    constants = [k for k in pruned.state_dict() if k.startswith("_constants.")]
+    assert constants
+    gone = [n for n, dims in plan.kept.items() if any(d is not None and not len(d) for d in dims)]
+    assert gone
+    assert not set(gone) & set(pruned.state_dict())
+    assert plan.predicted_ms <= plan.budget_ms
+    oracle.assert_exact(model, pruned, (x,))
+    halp_fx.save(pruned, tmp_path / "net.halp")
+    again = halp_fx.load(tmp_path / "net.halp")
+    torch.testing.assert_close(again.eval()(x), copy.deepcopy(pruned).eval()(x), rtol=0, atol=0)
+    pruned.train()
+    pruned(x).sum().backward()  # it still trains
+
+
+def test_blocks_stay_where_asked() -> None:
+    model, x = network()
+    with pytest.raises(halp_fx.errors.InfeasibleError, match="least latency"):
+        halp_fx.compile(model, 0.75, x, latency=OVERHEAD, drop_blocks=False)
+    pruned = halp_fx.compile(model, 0.6, x, latency="analytic", drop_blocks=False)
+    assert not [k for k in pruned.state_dict() if k.startswith("_constants.")]
+    assert all(len(units) for units in halp_fx.plan_of(pruned).units)
+
+
+def batches(count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(8, 3, 12, 12, generator=generator),
+            torch.randint(0, 5, (8,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def test_candidates_keep_the_least_loss() -> None:
+    model, x = network()
+    options: dict[str, Any] = {"data": batches(), "loss": F.cross_entropy, "latency": "analytic"}
+    with oracle.snapshot(model):
+        pruned = halp_fx.compile(model, 0.5, x, candidates=4, **options)
+    plan = halp_fx.plan_of(pruned)
+    losses = plan.report["candidate_losses"]
+    assert len(losses) == 4
+    assert losses[plan.report["candidate"]] == min(losses)
+    assert plan.predicted_ms <= plan.budget_ms
+    assert 0 <= plan.gap < 1
+    oracle.assert_exact(model, pruned, (x,))
+    single = halp_fx.plan_of(halp_fx.compile(model, 0.5, x, **options))
+    assert single.value >= plan.value - 1e-9
+
+
+@pytest.mark.parametrize("candidates", [0, -1, 2.5, 3])
+def test_candidates_need_data(candidates: Any) -> None:
+    model, x = network()
+    with pytest.raises(InputError, match="candidates"):
+        halp_fx.compile(model, 0.5, x, latency="analytic", candidates=candidates)
+
+
+def test_recalibrated_statistics_are_those_of_the_data() -> None:
+    model, _ = network()
+    model.train()
+    model.blocks.eval()
+    modes = {n: m.training for n, m in model.named_modules()}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    data = batches(3)
+    assert halp_fx.recalibrate(model, data, batches=2) == 2
+    assert {n: m.training for n, m in model.named_modules()} == modes
+    seen = [model.stem(x).detach() for x, _ in data[:2]]
+    mean = torch.stack([s.mean((0, 2, 3)) for s in seen]).mean(0)
+    variance = torch.stack([s.var((0, 2, 3), unbiased=True) for s in seen]).mean(0)
+    torch.testing.assert_close(model.norm.running_mean, mean)
+    torch.testing.assert_close(model.norm.running_var, variance)
+    assert model.norm.momentum == 0.1
+    for key, value in model.state_dict().items():
+        if "running" not in key and "num_batches" not in key:
+            assert torch.equal(value, before[key])
+
+
+def test_recalibrating_on_nothing_changes_nothing() -> None:
+    model, _ = network()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(InputError, match="no batches"):
+        halp_fx.recalibrate(model, [])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
