@@ -86,6 +86,30 @@ def test_dropped_branch_leaves_its_constant(gate: bool, tmp_path: Path) -> None:
     pruned(x).sum().backward()  # it still trains
 
 
+class TwoBranches(Residual):
+    """A sum without a skip: one branch may go, not both."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        one, two = self.blocks[0], self.blocks[1]
+        y = one.nb(one.b(one.a(x))) + two.nb(two.b(two.a(x)))
+        return self.head((y + self.stem.bias.view(1, -1, 1, 1)).mean((2, 3)))
+
+
+def test_a_sum_keeps_one_operand() -> None:
+    torch.manual_seed(0)
+    model = TwoBranches()
+    oracle.randomize(model, 0)
+    x = torch.randn(2, 3, 12, 12)
+    groups = find_groups(trace(model, x))
+    assert len(groups.branches) == 1
+    least = groups.branches[0].groups
+    pruned = halp_fx.compile(model, 0.85, x, latency=OVERHEAD)
+    units = halp_fx.plan_of(pruned).units
+    assert any(not len(units[g]) for g in least)
+    oracle.assert_exact(model, pruned, (x,))
+
+
 def test_blocks_stay_where_asked() -> None:
     model, x = network()
     with pytest.raises(halp_fx.errors.InfeasibleError, match="least latency"):

@@ -17,7 +17,6 @@ from tests.pruning import compile_within
 __all__: list[str] = []
 
 
-
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()

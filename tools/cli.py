@@ -13,7 +13,7 @@ from halp_fx._version import __version__
 from halp_fx.errors import InputError
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.trace import trace
-from halp_fx.tools import bench, inspector, profiler
+from halp_fx.tools import bench, bench_solve, inspector, profiler
 from halp_fx.tools import coverage as sweeps
 from halp_fx.tools import prune as pruner
 from halp_fx.tools.console import DebugOption, HalpCommands, err, out, progress_bars
@@ -47,6 +47,7 @@ bench_app = typer.Typer(
     epilog="Examples:\n\nhalp-fx bench discover --runs 5 -o bench.csv",
 )
 app.add_typer(bench_app)
+bench_solve.add_command(bench_app)
 
 
 class Format(StrEnum):

@@ -28,12 +28,17 @@ def find_branches(
     """Operands of sums that become constant when all groups that live only in them are empty."""
     where = _places(module, groups, outputs, parameters)
     elementwise = _elementwise_nodes(module, work)
+    live = _fed(module)
     found: list[Branch] = []
     taken: set[int] = set()
     for node in module.graph.nodes:
         if node.target not in _SUMS or len(node.all_input_nodes) != 2:
             continue
-        for operand in node.all_input_nodes:
+        one, two = node.all_input_nodes
+        shape = _shape(outputs, node)
+        if not {one, two} <= live or _shape(outputs, one) != shape or _shape(outputs, two) != shape:
+            continue
+        for operand in (one, two):
             region = _region(operand, node)
             inside = {n.name for n in region}
             own = {g for g, nodes in enumerate(where) if nodes and nodes <= inside}
@@ -49,7 +54,22 @@ def find_branches(
                         tensors=_owned_tensors(module, region),
                     )
                 )
+                break  # were both operands dropped, nothing would reach what follows
     return tuple(found)
+
+
+def _fed(module: fx.GraphModule) -> set[fx.Node]:
+    """Nodes that depend on the network's inputs."""
+    fed: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "placeholder" or any(n in fed for n in node.all_input_nodes):
+            fed.add(node)
+    return fed
+
+
+def _shape(outputs: Mapping[str, Any], node: fx.Node) -> tuple[int, ...] | None:
+    spec = outputs.get(node.name)
+    return spec.dense_shape if isinstance(spec, TensorSpec) else None
 
 
 def _places(
