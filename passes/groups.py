@@ -7,7 +7,8 @@ whose every tensor is rectangular; that was tried on two random choices, node by
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import networkx as nx
 import numpy as np
@@ -34,27 +35,61 @@ from halp_fx.types import (
 __all__ = ["find_groups"]
 
 _MAX_TRIALS = 8
+_MAX_CHOICES = 2
 
 
-def find_groups(traced: Traced, *, exact: bool = False) -> ChannelGroups:
+class Scope(Protocol):
+    """What the caller excludes from pruning."""
+
+    def pins(self, blocks: Iterable[Block]) -> Iterable[PinRecord]: ...
+
+
+def find_groups(
+    traced: Traced, *, exact: bool = False, scope: Scope | None = None
+) -> ChannelGroups:
     """Find the coupled channel groups by running the graph once on labels.
+
+    Where a reshape leaves a choice which of its dims may shrink (heads or head_dim) and the first
+    choice turns out to be pinned, the other is tried, and the better of the two kept.
 
     Args:
         exact: pin the channels that LayerNorm and the like take statistics over; otherwise they
             may go, and the groups concerned name those nodes in `inexact`.
+        scope: channels that the caller excludes.
     """
-    run = LabelRun(exact=exact)
+    best = tried = _search(traced, exact, scope, {})
+    prefer: dict[tuple[str, int], int] = {}
+    for _ in range(_MAX_CHOICES):
+        others = tried.other_choices()
+        if not others:
+            break
+        prefer = {**prefer, **others}
+        tried = _search(traced, exact, scope, prefer)
+        if tried.prunable > best.prunable:
+            best = tried
+    return best.channel_groups()
+
+
+def _search(
+    traced: Traced, exact: bool, scope: Scope | None, prefer: dict[tuple[str, int], int]
+) -> _Found:
+    """Run on labels, then pin around what can't be shrunk until all agrees."""
+    run = LabelRun(exact=exact, prefer=prefer)
     work = WorkLog(run)
     interpreter, own = label_discovery(traced, run)
-    while_failing = _MAX_TRIALS
-    while True:
-        found = _Found(traced, run, interpreter.snapshots, own, frozenset(interpreter.held))
-        failures = found.trial() if while_failing > 1 else found.give_up()
+    if scope is not None:
+        run.pins.extend(scope.pins(run.blocks))
+    for _ in range(_MAX_TRIALS):
+        found = _Found(traced, work, interpreter.snapshots, own, frozenset(interpreter.held))
+        failures = found.trial()
         if not failures:
-            return found.channel_groups(work)
-        while_failing -= 1
+            return found
         for failure in failures:
             found.pin_around(failure)
+    everything = np.arange(1, run.size, dtype=np.int64)
+    reason = "the shrunk network could not be made to agree with the labels"
+    run.pins.append(PinRecord(everything, "", "", reason))
+    return _Found(traced, work, interpreter.snapshots, own, frozenset(interpreter.held))
 
 
 class _Found:
@@ -63,12 +98,14 @@ class _Found:
     def __init__(
         self,
         traced: Traced,
-        run: LabelRun,
+        work: WorkLog,
         snapshots: dict[str, Any],
         own: dict[int, dict[int, IntArray]],
         held: frozenset[str],
     ) -> None:
+        run = work.run
         self.traced, self.run, self.snapshots, self.own = traced, run, snapshots, own
+        self.work = work
         roots = connected_components(run.size, [(t.left, t.right) for t in run.ties])
         pinned = np.zeros(run.size, dtype=bool)
         for pin in run.pins:
@@ -118,15 +155,21 @@ class _Found:
                 break
         return failures
 
-    def give_up(self) -> list[Failure]:
-        """Pin everything: a network that can't be shrunk after several trials stays as it is."""
-        everything = np.arange(1, self.run.size, dtype=np.int64)
-        reason = "the shrunk network could not be made to agree with the labels"
-        self.run.pins.append(PinRecord(everything, "", "", reason))
-        self.__init__(  # type: ignore[misc]
-            self.traced, self.run, self.snapshots, self.own, self.labelled.held
+    @property
+    def prunable(self) -> int:
+        """How many slices of parameters belong to a group."""
+        return sum(
+            int((self.group_of[self.components[b.start : b.start + b.size]] >= 0).sum())
+            for b in self.run.blocks
         )
-        return []
+
+    def other_choices(self) -> dict[tuple[str, int], int]:
+        """For reshapes whose free dim can't shrink: the next dim along which labels vary."""
+        return {
+            choice.key: choice.dims[(choice.dims.index(choice.free) + 1) % len(choice.dims)]
+            for choice in self.run.choices
+            if len(choice.dims) > 1 and (self.group_of[self.components[choice.labels]] < 0).all()
+        }
 
     def pin_around(self, failure: Failure) -> None:
         """Pin every channel that goes into or comes out of a node."""
@@ -144,7 +187,7 @@ class _Found:
             record = PinRecord(joined[joined != FIXED], node.name, str(node.target), failure.reason)
             self.run.pins.append(record)
 
-    def channel_groups(self, work: WorkLog) -> ChannelGroups:
+    def channel_groups(self) -> ChannelGroups:
         names = _aliases(self.traced)
         members = [self._members(g, names) for g in range(len(self.units))]
         inexact = self._inexact()
@@ -177,7 +220,7 @@ class _Found:
             name: self._spec(Snapshot(tuple(t.shape), t.dtype, self.own[id(t)]), order)
             for name, t in named_tensors(self.traced.module)
         }
-        logged = tuple(work.specify(lambda s: self._spec(s, order)))
+        logged = tuple(self.work.specify(lambda s: self._spec(s, order)))
         return ChannelGroups(
             traced=self.traced,
             groups=ordered,

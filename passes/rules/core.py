@@ -81,6 +81,16 @@ class PinRecord:
     reason: str
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A reshape after which labels vary along several dims; all but one were tied."""
+
+    key: tuple[str, int]  # graph node, and how many such reshapes came before it there
+    dims: tuple[int, ...]  # dims along which labels vary, the largest first
+    free: int  # the dim left free
+    labels: IntArray  # labels along it
+
+
 @dataclass
 class OpCall:
     """One ATen operator as it ran: its arguments and its output (tensors without data)."""
@@ -203,10 +213,18 @@ class LabelRun:
     ties: list[TieRecord] = field(default_factory=list)
     pins: list[PinRecord] = field(default_factory=list)
     inexact: list[tuple[IntArray, str]] = field(default_factory=list)
+    # Which dim a reshape leaves free, where it's not the largest: (node, how many before) -> dim.
+    prefer: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    choices: list[Choice] = field(default_factory=list)
     node: str = ""
     op: str = ""
     size: int = 1  # labels handed out, FIXED included
     observer: Callable[[OpCall], None] | None = None  # sees every operator after its rule
+
+    def choose(self, dims: tuple[int, ...]) -> tuple[tuple[str, int], int]:
+        """Key of the next choice among `dims`, and the dim to leave free."""
+        key = (self.node, sum(1 for c in self.choices if c.key[0] == self.node))
+        return key, self.prefer.get(key, dims[0])
 
     def new_block(self, name: str, dim: int, size: int) -> IntArray:
         """Fresh labels for one dim of one parameter."""

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from halp_fx.passes.rules.core import FIXED, LabelRun, OpCall, labels_of, register, set_labels
+from halp_fx.passes.rules.core import (
+    FIXED,
+    Choice,
+    LabelRun,
+    OpCall,
+    labels_of,
+    register,
+    set_labels,
+)
 from halp_fx.passes.rules.pointwise import join
 from halp_fx.types import IntArray
 
@@ -80,7 +88,11 @@ def rectangular(run: LabelRun, full: IntArray, free: int | None = None) -> tuple
     """
     if free is None:
         varying = [d for d in range(full.ndim) if (full != full.take([0], axis=d)).any()]
-        free = max(varying or range(full.ndim), key=lambda d: full.shape[d])
+        dims = tuple(sorted(varying or range(full.ndim), key=lambda d: -full.shape[d]))
+        key, free = run.choose(dims)
+        if len(varying) > 1:
+            labels = np.moveaxis(full, free, 0).reshape(full.shape[free], -1)[:, 0]
+            run.choices.append(Choice(key, dims, free, labels))
     lines = np.moveaxis(full, free, 0).reshape(full.shape[free], -1)
     run.tie(lines[:, :1], lines)
     return free, np.ascontiguousarray(lines[:, 0])
