@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,11 +17,14 @@ from torch import fx, nn
 from halp_fx.budget import Budget, parse_budget
 from halp_fx.candidates import best_of
 from halp_fx.errors import HalpError, InputError, NothingToPruneError
-from halp_fx.latency import Source, measure_paired, resolve_backend
+from halp_fx.latency import Source, Stored, measure_paired, resolve_backend
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import price
 from halp_fx.passes.rewrite import rewrite
 from halp_fx.passes.rules.counts import mac_counts, parameter_counts, total
+from halp_fx.passes.rules.scope import Scope, Selection, scope_of
+from halp_fx.passes.rules.widths import Widths
+from halp_fx.passes.rules.wrappers import unwrapped
 from halp_fx.passes.saliency import score
 from halp_fx.passes.select import check_solver, select
 from halp_fx.passes.trace import trace
@@ -29,6 +33,7 @@ from halp_fx.types import ChannelGroups, LatencyModel, Plan, Saliency
 __all__ = ["compile", "plan_of"]
 
 Progress = Callable[[str, int, int], None]
+_MIN_SHARE = 0.1
 _ROUNDS = 4  # how often a network that misses its budget is selected again
 _TOLERANCE = 0.02  # by how much a measured latency may pass the budget: repeatability of timers
 
@@ -42,10 +47,14 @@ def compile(
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     latency: Any = None,
     saliency: Callable[[ChannelGroups], Any] | str | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
     exact: bool = False,
     solver: str = "joint",
     drop_blocks: bool = True,
-    min_share: float = 0.1,
+    min_share: float | Mapping[str, float] = _MIN_SHARE,
+    min_width: int | Mapping[str, int] = 0,
+    round_to: int | Mapping[str, int] | None = None,
     candidates: int = 1,
     verify: bool = True,
     progress: Progress | None = None,
@@ -53,7 +62,8 @@ def compile(
     """Prune `model` to a latency budget.
 
     Args:
-        model: a trained network; it is left as it is.
+        model: a trained network; it is left as it is. Of a model in DataParallel,
+            DistributedDataParallel or `torch.compile`, what is inside is pruned, with a warning.
         budget: share of the dense latency (0.5), a time ("4ms"), or a `Budget`, which may limit
             parameters and multiply-adds besides.
         example_inputs: a tensor or a tuple, the model's positional arguments, at the batch size
@@ -66,6 +76,12 @@ def compile(
             `halp_fx.latency.OnnxRuntime(threads=1)`; the path of a table; a `LatencyTable`.
         saliency: "taylor", "magnitude", or a callable that takes the `ChannelGroups` and returns
             group name -> scores (units,).
+        include: only the output channels of these modules and parameters may go: a glob over
+            names ("layer1" takes in all below it, "*.conv2"), several, or a callable
+            `(parameter name, dim) -> bool`. Norms, biases and depthwise convolutions follow the
+            channels that come in. Channels stay where they are coupled with others that stay.
+        exclude: the output channels of these stay whole, whatever `include` says. A callable is
+            asked about each dim of each parameter.
         exact: pin the channels that LayerNorm and the like take statistics over. Otherwise they
             may go, and such norms take their statistics over the survivors.
         solver: "joint", proven to be near the best choice; or, to compare with, "halp" (the
@@ -75,6 +91,14 @@ def compile(
         min_share: each group of coupled channels keeps at least this share (a residual branch may
             still go whole). Sums of saliencies say little about what is left of a layer of which
             nearly all goes.
+        min_width: each group keeps at least so many channels, or all that it has.
+        round_to: each group keeps a multiple of so many channels, or all. None: multiples that
+            grow with the group, 8 from 64 units on.
+
+            These three may be dicts from a glob, over the modules and parameters that give a
+            group's channels and over the group's name, to a value. The pattern with the most
+            characters besides wildcards counts, among equals the largest value; where none
+            matches, the default holds.
         candidates: try so many near-optimal plans on a few batches of `data` (loss after batch
             norm recalibration) and keep the best.
         verify: measure the result beside the dense network, and choose again while it misses the
@@ -99,8 +123,12 @@ def compile(
         >>> small(torch.rand(4, 3, 32, 32)).shape
         torch.Size([4, 8, 28, 28])
     """
+    model = unwrapped(model, stacklevel=3)
     limit = parse_budget(budget)
     check_solver(solver, limit.further)
+    if isinstance(min_share, Mapping):
+        min_share = {"*": _MIN_SHARE, **min_share}
+    allowed = Widths(min_share=min_share, min_width=min_width, round_to=round_to)
     if data is not None and loss is None:
         raise InputError("data was given without loss: pass loss=callable(output, target)")
     if candidates != 1 and (not isinstance(candidates, int) or candidates < 1 or data is None):
@@ -109,12 +137,20 @@ def compile(
             "and loss to try the plans on"
         )
     tell = progress if progress is not None else _silent
-    with _same_random_state(), _named_stage(model, tell) as stage:
+    no_inference = torch.inference_mode(False)  # saliency needs gradients
+    with no_inference, _same_random_state(), _named_stage(model, tell) as stage:
         stage("trace")
         traced = trace(model, example_inputs)
         source = resolve_backend(latency, device=_device_of(model))
+        if isinstance(source.backend, Stored):
+            warnings.warn(
+                "the latency table was made on another device: times are looked up in it, and the "
+                "result is not measured here",
+                stacklevel=2,
+            )
         stage("groups")
-        groups = find_groups(traced, exact=exact)
+        scope = scope_of(traced.root, include, exclude)
+        groups = _in_scope(find_groups(traced, exact=exact, scope=scope), scope)
         if not groups.groups:
             raise NothingToPruneError(_why_nothing(groups))
         stage("saliency")
@@ -130,7 +166,7 @@ def compile(
             solver=solver,
             limits=_limits(limit, groups),
             drop_blocks=drop_blocks,
-            min_share=min_share,
+            allowed=allowed,
         )
         plan = choose(groups, scores, costs, budget_ms)
         if candidates > 1 and data is not None and loss is not None:
@@ -141,7 +177,7 @@ def compile(
             )  # fmt: skip
         stage("rewrite")
         pruned = rewrite(_annotated(plan, scores, costs))
-        if verify and source.backend.measured and source.table is not None:
+        if verify and _can_measure(source):
             stage("verify")
             pruned = _verified(pruned, limit, scores, costs, source, tell, choose)
     plan = plan_of(pruned)  # the network should not keep the dense one alive
@@ -161,6 +197,10 @@ def plan_of(pruned: nn.Module) -> Plan:
             f"{type(pruned).__name__} has no plan: pass what halp_fx.compile or halp_fx.load gave"
         )
     return cast(Plan, plan)
+
+
+def _can_measure(source: Source) -> bool:
+    return source.backend.measured and not isinstance(source.backend, Stored)
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -207,13 +247,21 @@ def _named_stage(model: Any, tell: Progress) -> Iterator[Callable[[str], None]]:
 
 def _why_nothing(groups: ChannelGroups) -> str:
     lines = [
-        f"  {pin.name} dim {pin.dim}: {len(pin.index)} channels pinned by {pin.node or 'the net'} "
-        f"({pin.reason}){' at ' + pin.source if pin.source else ''}"
+        f"  {pin.name} dim {pin.dim}: {len(pin.index)} channels pinned"
+        f"{' by ' + pin.node if pin.node else ''} ({pin.reason})"
+        f"{' at ' + pin.source if pin.source else ''}"
         for pin in groups.pins
     ]
     shown = lines[:20] + ([f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else [])
     name = groups.traced.model_name
     return "\n".join([f"{name} has no channel that can be removed:", *shown])
+
+
+def _in_scope(groups: ChannelGroups, scope: Scope | None) -> ChannelGroups:
+    """A branch with channels that the caller wants whole is not dropped."""
+    if scope is None:
+        return groups
+    return replace(groups, branches=tuple(b for b in groups.branches if not scope.holds(b.tensors)))
 
 
 def _limits(limit: Budget, groups: ChannelGroups) -> dict[str, float]:
@@ -252,6 +300,7 @@ def _verified(
     inputs = traced.example_inputs
     target_ms = plan.budget_ms
     asked_ms = target_ms
+    bound = plan.value / max(1.0 - plan.gap, 1e-12)  # proven for the budget that was asked for
     for attempt in range(1, _ROUNDS + 1):
         dense, small = measure_paired(
             traced.module, pruned, source.backend, inputs, inputs, rounds=9
@@ -271,8 +320,10 @@ def _verified(
             return pruned
         asked_ms *= min(allowed_ms / small.median_ms, 0.98)
         try:
-            plan = replace(choose(groups, scores, costs, asked_ms), budget_ms=target_ms)
+            tighter = choose(groups, scores, costs, asked_ms)
         except HalpError:
             return pruned  # nothing faster is left; the report says that the budget is missed
+        gap = max(0.0, (bound - tighter.value) / max(bound, 1e-300))
+        plan = replace(tighter, budget_ms=target_ms, gap=gap)
         pruned = rewrite(_annotated(plan, scores, costs))
     return pruned

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,7 @@ class Budget:
 
 
 def _check(value: Any, what: str, accepted: str = _ACCEPTED) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise BudgetError(f"{what} of the budget is {value!r}, not a number: {accepted}")
     if not math.isfinite(value) or value <= 0:
         raise BudgetError(f"{what} of the budget is {value!r}, it must be above 0: {accepted}")

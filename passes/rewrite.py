@@ -22,6 +22,14 @@ from halp_fx.types import Branch, Plan
 
 __all__ = ["rewrite"]
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
 
 def rewrite(plan: Plan) -> fx.GraphModule:
     """The physically smaller network of a plan.
@@ -45,7 +53,10 @@ def rewrite(plan: Plan) -> fx.GraphModule:
     cut = _fill(module, labelled, alive, gone)
     for branch, constant in dropped:
         module.get_submodule("_constants").register_buffer(branch.operand, constant)
+    _share_modules(module, traced.root)
     _add_unreached(module, traced.root, cut, gone)
+    for hooks in _HOOKS:  # of the model itself; those of its layers came with the layers
+        getattr(module, hooks).update(getattr(traced.root, hooks, {}))
     _restore_persistence(module, traced.root)
     _restore_order(module, traced.root)
     for path, part in module.named_modules():
@@ -96,6 +107,8 @@ def _fill(
                     index = torch.from_numpy(np.flatnonzero(survive)).to(dense.device)
                     cut = cut.index_select(dim, index)
             cut = cut.clone() if cut.data_ptr() == dense.data_ptr() else cut
+            if dense.ndim == 4 and dense.is_contiguous(memory_format=torch.channels_last):
+                cut = cut.contiguous(memory_format=torch.channels_last)
             if isinstance(dense, nn.Parameter):
                 cut = nn.Parameter(cut, requires_grad=dense.requires_grad)
             done[id(dense)] = cut
@@ -106,6 +119,20 @@ def _fill(
         owner._buffers.pop(leaf, None)
         store[leaf] = done[id(dense)]  # type: ignore[assignment]
     return done
+
+
+def _share_modules(module: fx.GraphModule, root: nn.Module) -> None:
+    """A module that the model has under several names is one module here as well."""
+    present = dict(module.named_modules(remove_duplicate=False))
+    first: dict[int, nn.Module] = {}
+    for path, part in root.named_modules(remove_duplicate=False):
+        if path in present and path:
+            first.setdefault(id(part), present[path])
+    for path, part in root.named_modules(remove_duplicate=False):
+        parent, _, leaf = path.rpartition(".")
+        if path and path not in present and id(part) in first and parent in present:
+            present[parent].add_module(leaf, first[id(part)])
+            present = dict(module.named_modules(remove_duplicate=False))
 
 
 def _add_unreached(

@@ -83,6 +83,8 @@ def _taylor(
     used = [0] * len(totals)
     batches = 0
     total = len(data) if hasattr(data, "__len__") else 0  # type: ignore[arg-type]
+    if not isinstance(data, Iterable):
+        raise InputError(f"data must be an iterable of (inputs, target), not {type(data).__name__}")
     for batch in data:
         _backward(module, batch, loss)
         batches += 1
@@ -241,10 +243,16 @@ def _of_callable(groups: ChannelGroups, given: Any, name: str) -> list[FloatArra
         if missing:
             raise SaliencyError(f"the saliency {name!r} has no scores for the groups {missing[:5]}")
         given = [given[g.name] for g in groups.groups]
-    arrays = [
-        np.asarray(v.detach().cpu() if isinstance(v, torch.Tensor) else v, dtype=np.float64)
-        for v in given
-    ]
+    try:
+        arrays = [
+            np.asarray(v.detach().cpu() if isinstance(v, torch.Tensor) else v, dtype=np.float64)
+            for v in given
+        ]
+    except (TypeError, ValueError) as error:
+        raise SaliencyError(
+            f"the saliency {name!r} gave {type(given).__name__}: return a dict of group name -> "
+            "scores, or a list of arrays, one (units,) a group"
+        ) from error
     if len(arrays) != len(groups.groups):
         raise SaliencyError(
             f"the saliency {name!r} has {len(arrays)} arrays for {len(groups.groups)} groups"

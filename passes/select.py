@@ -28,6 +28,7 @@ from halp_fx.knapsack import (
 )
 from halp_fx.passes.rules.counts import Count, mac_counts, parameter_counts, total
 from halp_fx.passes.rules.plan import kept_indices
+from halp_fx.passes.rules.widths import Widths
 from halp_fx.types import (
     Branch,
     ChannelGroups,
@@ -50,20 +51,37 @@ _LATENCY_GAP = 1e-3  # at which the joint solver stops
 _BOUND_GAP = 0.02  # the same, where only its bound is wanted
 
 
-def widths(group: Group, *, droppable: bool = False, min_share: float = 0.0) -> IntArray:
-    """The numbers of units that a group may keep, ascending.
+def widths(
+    group: Group,
+    *,
+    droppable: bool = False,
+    min_share: float = 0.0,
+    min_width: int = 0,
+    round_to: int | None = None,
+) -> IntArray:
+    """The numbers of units that a group may keep, ascending; the dense number is always one.
 
-    At least `min_share` of them; a group of a branch that is `droppable` whole may also keep none.
+    At least `min_share` of them, and as many as `min_width` channels take; a group of a branch
+    that is `droppable` whole may also keep none.
 
     Multiples of a power of two that grows with the group (8 from 64 units on), so that back-ends
-    which compute channels in blocks find full ones; the least and the dense width always count.
+    which compute channels in blocks find full ones, and the least width; with `round_to` instead
+    only such that the channels are a multiple of it.
     """
-    step = 1
-    while group.units // step > _MAX_LEVELS or (step < 8 and group.units >= 8 * step):
-        step *= 2
-    least = max(group.least, math.ceil(min_share * group.units))
-    choices = {*range(step, group.units, step), group.units, max(least, 1), least}
-    found = {c for c in choices if c >= least} | ({0} if droppable else set())
+    asked = max(math.ceil(min_share * group.units - 1e-9), -(-min_width // group.width))
+    least = min(max(group.least, asked), group.units)
+    if round_to is None:
+        step = 1
+        while group.units // step > _MAX_LEVELS or (step < 8 and group.units >= 8 * step):
+            step *= 2
+        ends = {max(least, 1), least}
+    else:
+        unit = step = round_to // math.gcd(round_to, group.width)
+        while group.units // step > _MAX_LEVELS:
+            step *= 2
+        ends = {-(-n // unit) * unit for n in (max(least, 1), least)}
+    choices = {*range(step, group.units, step), *ends, group.units}
+    found = {c for c in choices if least <= c <= group.units} | ({0} if droppable else set())
     return np.array(sorted(found), dtype=np.int64)
 
 
@@ -94,11 +112,25 @@ def knapsack_of(
     *,
     drop_blocks: bool = True,
     min_share: float = 0.0,
+    allowed: Widths | None = None,
 ) -> Knapsack:
-    """Values and costs of all levels of all groups."""
+    """Values and costs of all levels of all groups; see `select` for the options.
+
+    Raises:
+        InputError: the widths that are allowed contradict each other or the groups.
+    """
     within = {g for branch in groups.branches for g in branch.groups if drop_blocks}
     sizes = tuple(
-        widths(g, droppable=i in within, min_share=min_share) for i, g in enumerate(groups.groups)
+        widths(
+            group,
+            droppable=g in within,
+            min_share=own.min_share,
+            min_width=own.min_width,
+            round_to=own.round_to,
+        )
+        for g, (group, own) in enumerate(
+            zip(groups.groups, _allowed(allowed, min_share).resolve(groups), strict=True)
+        )
     )
     orders = tuple(np.argsort(-s, kind="stable") for s in saliency.scores)
     values = tuple(
@@ -126,6 +158,7 @@ def select(
     limits: Mapping[str, float] | None = None,
     drop_blocks: bool = True,
     min_share: float = 0.0,
+    allowed: Widths | None = None,
 ) -> Plan:
     """Choose the units that keep the most saliency within `budget_ms` milliseconds.
 
@@ -135,10 +168,13 @@ def select(
             or "uniform" (the same share of every group).
         limits: further limits, for the joint solver: "params" and "macs", as counts.
         drop_blocks: whether residual branches may go whole.
-        min_share: each group keeps at least this share of its units, or goes with its branch.
+        min_share: each group keeps at least this share of its units, or goes with its branch; in
+            place of `allowed`.
+        allowed: the widths that each group may have.
 
     Raises:
-        InputError: an unknown solver or limit, or limits with a solver that takes none.
+        InputError: an unknown solver or limit, limits with a solver that takes none, or widths
+            that can't be.
         BudgetError: a budget that is not above 0.
         InfeasibleError: the least latency that can be reached is above the budget, or the limits
             can't be met.
@@ -150,9 +186,9 @@ def select(
     for name, limit in limits.items():
         if not limit > 0:
             raise BudgetError(f"the limit on {name} is {limit!r}: pass a count above 0")
-    if isinstance(min_share, bool) or not 0 <= min_share <= 1:
-        raise InputError(f"min_share is {min_share!r}: pass a share from 0 to 1")
-    problem = knapsack_of(groups, saliency, latency, drop_blocks=drop_blocks, min_share=min_share)
+    problem = knapsack_of(
+        groups, saliency, latency, drop_blocks=drop_blocks, min_share=min_share, allowed=allowed
+    )
     params, macs = parameter_counts(groups), mac_counts(groups)
     counts = {"params": params, "macs": macs}
     if limits:
@@ -182,6 +218,14 @@ def select(
         groups=groups,
         report=report,
     )
+
+
+def _allowed(allowed: Widths | None, min_share: float) -> Widths:
+    if allowed is None:
+        return Widths(min_share=min_share)
+    if min_share:
+        raise InputError("min_share was given beside allowed: pass Widths(min_share=...) alone")
+    return allowed
 
 
 def check_solver(solver: str, further: Collection[str] = ()) -> None:
@@ -270,7 +314,8 @@ def _unreachable(
     return InfeasibleError(
         f"the budget of {budget_ms:.4g} ms can't be met: the least latency that "
         f"{groups.traced.model_name} can be pruned to is {least:.4g} ms "
-        f"({least / latency.dense_ms:.1%} of the dense {latency.dense_ms:.4g} ms)",
+        f"({least / latency.dense_ms:.1%} of the dense {latency.dense_ms:.4g} ms) while each "
+        "group keeps its least share (min_share, min_width)",
         least,
     )
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from halp_fx.errors import InputError, TraceError
 from halp_fx.passes.rules.core import OnMeta, tensors_in
 from halp_fx.passes.rules.structure import (
+    detached_copy,
     empty_like,
     structural_copy,
     substitute_copy,
@@ -47,7 +49,14 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Traced:
     root = structural_copy(model).eval()
     inputs = _example(root, example_inputs)
     name = type(model).__name__
+    if any(is_lazy(p) for p in [*root.parameters(), *root.buffers()]):
+        raise InputError(f"{name} has lazy parameters: run it once on an example first")
     graph, opaque = _trace_graph(root, inputs, name)
+    graph._tracer_cls = None  # ours can't be made again by unpickling
+    constants = {k: v for k, v in vars(root).items() if k.startswith("_tensor_constant")}
+    root = structural_copy(model).eval()  # one that no `forward` has left proxies on
+    for constant, value in constants.items():
+        setattr(root, constant, value)
     _link_training_flags(graph, model, inputs, opaque)
     module = fx.GraphModule(root, graph, class_name=name)
     for path, own in module.named_modules():
@@ -142,7 +151,7 @@ def _check_inputs(root: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Run the model on the example, to say so when it is the inputs that are wrong."""
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(root)):
-            root(*inputs)
+            detached_copy(root)(*inputs)
     except Exception as error:
         raise InputError(
             f"{type(root).__name__} rejects the example inputs ({_describe(inputs)}): "
@@ -191,7 +200,7 @@ def _record(
             return recorder.values
         except Exception:  # noqa: BLE001, S110  the example itself decides
             pass
-    recorder = _Recorder(module)
+    recorder = _Recorder(cast(fx.GraphModule, detached_copy(module)))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(module)):
             recorder.run(*given)
@@ -233,7 +242,7 @@ def _guess_inputs(root: nn.Module) -> tuple[Any, ...]:
         image = torch.rand(shape, generator=generator).to(**options)
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(root)):
-                root(image)
+                detached_copy(root)(image)
         except Exception:  # noqa: BLE001  the model decides what it takes
             tried.append(shape)
             continue

@@ -240,6 +240,53 @@ def test_prune_leaves_network_and_reports(tmp_path: Path) -> None:
     assert any(value.shape[:1] == (group["kept"],) for value in stored.values())
 
 
+def kept_of(folder: Path, *options: object) -> dict[str, int]:
+    """Output channels of the layers after `halp-fx prune` with these options."""
+    fixed = ("--latency", "analytic", "--no-onnx", "-o", folder)
+    ok("prune", f"{__name__}:make_chain", *fixed, *options)
+    state = load_file(folder / "model.safetensors")
+    return {name: state[f"{name}.weight"].shape[0] for name in ("0", "2", "4")}
+
+
+def make_chain() -> tuple[nn.Module, torch.Tensor]:
+    first, second = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 48, 3)
+    net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(48, 8, 1))
+    return net, torch.randn(2, 3, 12, 12)
+
+
+def test_prune_takes_what_compile_takes(tmp_path: Path) -> None:
+    half = ("-b", 0.5)
+    assert kept_of(tmp_path, *half, "--exclude", "0")["0"] == 32
+    assert kept_of(tmp_path, *half, "--exclude", "[24]", "--exclude", "3")["2"] == 48
+    only = kept_of(tmp_path, *half, "--include", "0", "--include", "4")
+    assert only["0"] < 32
+    assert only["2"] == 48
+    rounded = kept_of(tmp_path, *half, "--round-to", 16, "--solver", "uniform")
+    assert rounded["0"] % 16 == rounded["2"] % 16 == 0
+    assert rounded["2"] < 48
+    least = kept_of(tmp_path, *half, "--min-share", 0.5, "--min-width", 20)
+    assert least["0"] >= 20
+    assert least["2"] >= 24
+    small = kept_of(tmp_path, "--params", 0.25)
+    assert small["0"] * (27 + 1 + 9 * small["2"]) <= 0.3 * 32 * (28 + 9 * 48)
+    assert kept_of(tmp_path, "--macs", 0.5, *half)["2"] < 48
+
+
+def test_prune_refuses_wrong_options(tmp_path: Path) -> None:
+    fixed = ("prune", NET, "--latency", "analytic", "--no-onnx", "-o", tmp_path)
+    assert "give --budget, --params or --macs" in refused(*fixed)
+    unknown = call(*fixed, "-b", 0.5, "--exclude", "bdy")
+    assert unknown.exit_code == 2
+    assert "error: exclude: no module or parameter of Net matches 'bdy'" in unknown.stderr
+    assert "did you mean 'body'" in unknown.stderr
+    assert "takes a limit on latency alone" in refused(
+        *fixed, "-b", 0.5, "--params", 0.5, "--solver", "greedy"
+    )
+    assert "solver is 'best'" in refused(*fixed, "-b", 0.5, "--solver", "best")
+    assert "params of the budget is -1.0" in refused(*fixed, "--params=-1")
+    assert "min_share is 2.0" in refused(*fixed, "-b", 0.5, "--min-share", 2)
+
+
 def test_prune_exports_onnx(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")

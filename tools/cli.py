@@ -168,20 +168,64 @@ def groups(
     epilog="Examples:\n\n"
     "halp-fx prune torchvision:resnet50 --pretrained --budget 0.5 -o out/\n\n"
     "halp-fx prune torchvision:mobilenet_v2 --budget 4ms --latency onnxruntime -o out/\n\n"
+    "halp-fx prune torchvision:resnet50 --budget 0.6 --params 0.5 --exclude conv1 --round-to 16 "
+    "-o out/\n\n"
     "halp-fx prune my_package.nets:make --weights net.safetensors --budget 0.6 "
     "--latency analytic -o out/"
 )
 def prune(
     model: ModelArgument,
     budget: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--budget",
             "-b",
-            help="Share of the dense latency (0.5) or a latency (4ms).",
+            help="Share of the dense latency (0.5) or a latency (4ms). Default: no slower than "
+            "the dense network, where --params or --macs is given.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    params: Annotated[
+        float | None,
+        typer.Option("--params", help="Limit on the parameters: their count, or a share up to 1."),
+    ] = None,
+    macs: Annotated[
+        float | None,
+        typer.Option("--macs", help="Limit on the multiply-adds: their count, or a share up to 1."),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--include",
+            metavar="PATTERN",
+            help="Prune only the output channels of these modules (layer1, '*.conv2'); repeatable.",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude",
+            metavar="PATTERN",
+            help="Keep the output channels of these modules whole; repeatable.",
+        ),
+    ] = None,
+    min_share: Annotated[
+        float,
+        typer.Option("--min-share", help="Share of its channels that each group keeps at least."),
+    ] = 0.1,
+    min_width: Annotated[
+        int, typer.Option("--min-width", help="Channels that each group keeps at least.")
+    ] = 0,
+    round_to: Annotated[
+        int | None,
+        typer.Option(
+            "--round-to",
+            help="Keep multiples of so many channels. Default: 8 in wide groups, less in others.",
+        ),
+    ] = None,
+    solver: Annotated[
+        str, typer.Option("--solver", help="joint, or to compare with: halp, greedy, uniform.")
+    ] = "joint",
     output: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="DIR", help="Folder for what is written."),
@@ -205,10 +249,19 @@ def prune(
     With data, call halp_fx.compile from Python: the saliency is better, and you can fine-tune.
     """
     del debug
+    limit = pruner.budget_of(budget, params=params, macs=macs)
     network, example = _load(model, shapes, pretrained=pretrained, weights=weights)
     if not pretrained and weights is None and model.startswith(("torchvision:", "timm:")):
         err().print("[yellow]note: random weights; give --pretrained or --weights FILE[/]")
-    pruner.prune(network, budget, example, output, latency=latency, onnx=onnx)
+    options = {
+        "include": include or None,
+        "exclude": exclude or None,
+        "min_share": min_share,
+        "min_width": min_width,
+        "round_to": round_to,
+        "solver": solver,
+    }
+    pruner.prune(network, limit, example, output, latency=latency, onnx=onnx, options=options)
 
 
 @app.command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections import Counter
 from itertools import pairwise
@@ -56,13 +57,13 @@ def pins_table(groups: ChannelGroups) -> Table:
     """One row for each node that pins channels: which, why, and the line of source."""
     table = Table(title="channels that must stay")
     for header in ("node", "reason", "parameters [dim] (channels)", "source"):
-        table.add_column(escape(header))
+        table.add_column(escape(header), overflow="fold")
     merged: dict[tuple[str, str, str], list[Pin]] = {}
     for pin in groups.pins:
         merged.setdefault((pin.node, pin.reason, pin.source), []).append(pin)
     for (node, reason, source), pins in merged.items():
         places = [f"{pin.name}[{pin.dim}] ({len(pin.index)})" for pin in pins]
-        table.add_row(*(escape(cell) for cell in (node, reason, _shorten(places), source)))
+        table.add_row(*(escape(cell) for cell in (node, reason, _shorten(places), _line(source))))
     for module, reason in sorted(groups.traced.opaque.items()):
         table.add_row(escape(module), escape(f"held whole: {reason}"), "", "")
     return table
@@ -232,7 +233,7 @@ def _tree(groups: ChannelGroups, source: Node, around: set[Node]) -> Tree:
             text.plain = f"{text.plain[:end]}, {short}{text.plain[end:]}"
             leaves[key] = text, end + len(short) + 2
             continue
-        text = Text(f"{_place(child)}  {coupling}")
+        text = Text(f"{_place(child)}  {coupling}", overflow="fold")
         branches[child] = branches[parent].add(text)
         if child not in parents:
             leaves[key] = text, len(name)
@@ -258,7 +259,8 @@ def _path(groups: ChannelGroups, layer: str, sources: list[Node], to: str) -> Tr
 def _path_tree(groups: ChannelGroups, path: list[Node]) -> Tree:
     root = branch = Tree(Text(_place(path[0])))
     for parent, child in pairwise(path):
-        branch = branch.add(Text(f"{_place(child)}  {_edge_text(groups.graph, parent, child)}"))
+        text = f"{_place(child)}  {_edge_text(groups.graph, parent, child)}"
+        branch = branch.add(Text(text, overflow="fold"))
     return root
 
 
@@ -271,8 +273,14 @@ def _edge_text(graph: Any, left: Node, right: Node) -> str:
     )
     node, op, source = couplings[0]
     more = f" and {len(couplings) - 1} more" if len(couplings) > 1 else ""
-    where = f", {source}" if source else ""
+    where = f", {_line(source)}" if source else ""
     return f"by {op} at node {node}{more}{where}"
+
+
+def _line(source: str) -> str:
+    """A line of source, its file named from its package or from the current folder."""
+    _, installed, inside = source.partition("site-packages/")
+    return inside if installed else source.removeprefix(f"{os.getcwd()}{os.sep}")
 
 
 def _edges(graph: Any, left: Node, right: Node) -> list[dict[str, Any]]:
@@ -280,7 +288,7 @@ def _edges(graph: Any, left: Node, right: Node) -> list[dict[str, Any]]:
 
 
 def _pin_text(place: Node, pin: Pin) -> Text:
-    where = f", {pin.source}" if pin.source else ""
+    where = f", {_line(pin.source)}" if pin.source else ""
     text = Text(f"{_place(place)}: {len(pin.index)} channels pinned by node {pin.node}: ")
     text.append(f"{pin.reason}{where}", style="yellow")
     return text

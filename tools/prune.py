@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from rich.table import Table
 from torch import nn
 
 import halp_fx
-from halp_fx.errors import InputError
+from halp_fx.budget import Budget, parse_budget
+from halp_fx.errors import BudgetError, InputError
 from halp_fx.report import render_markdown, summarize, to_json
 from halp_fx.tools.console import err, out, progress_bars
 from halp_fx.types import Plan
@@ -19,26 +22,37 @@ from halp_fx.types import Plan
 __all__ = ["budget_of", "prune", "summary_table", "write_report"]
 
 
-def budget_of(text: str) -> float | str:
-    """The budget as `halp_fx.compile` takes it: `0.5` is a share, anything else stays text."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def budget_of(
+    text: str | None, *, params: float | None = None, macs: float | None = None
+) -> Budget:
+    """The budget: `0.5` is a share of the latency, `4ms` a time; parameters, multiply-adds besides.
+
+    Raises:
+        BudgetError: none of them is given, or one can't be parsed or is out of range.
+    """
+    if text is None:
+        if params is None and macs is None:
+            raise BudgetError("nothing is limited: give --budget, --params or --macs")
+        return Budget(params=params, macs=macs)
+    return replace(parse_budget(text), params=params, macs=macs)
 
 
 def prune(
     model: nn.Module,
-    budget: str,
+    budget: Budget,
     example_inputs: tuple[Any, ...] | None,
     directory: Path,
     *,
     latency: str | None = None,
     onnx: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Prunes `model` without data and leaves what came out in `directory`.
 
     Writes `model.safetensors`, `model.onnx` (unless `onnx` is False), `report.md`, `report.json`.
+
+    Args:
+        options: further arguments of `halp_fx.compile`.
 
     Raises:
         HalpError: a stage failed; nothing has been written then, unless it was the export.
@@ -53,7 +67,7 @@ def prune(
         source = latency
     with progress_bars() as progress:
         pruned = halp_fx.compile(
-            model, budget_of(budget), example_inputs, latency=source, progress=progress
+            model, budget, example_inputs, latency=source, progress=progress, **(options or {})
         )
         plan = halp_fx.plan_of(pruned)
         directory.mkdir(parents=True, exist_ok=True)

@@ -175,11 +175,15 @@ class Problem:
 
     def costs(self, levels: IntArray) -> FloatArray:
         """Cost (batch,) of levels (batch, variables)."""
+        return self.constant + self.table_costs(self.states(levels), range(len(self.tables)))
+
+    def states(self, levels: IntArray) -> IntArray:
+        """States (nodes, batch) that go with levels (batch, variables)."""
         states = np.empty((len(self.sizes), levels.shape[0]), dtype=np.int64)
         states[: levels.shape[1]] = levels.T
         for k, node in enumerate(self.sums, start=levels.shape[1]):
             states[k] = node.index[states[node.left], states[node.right]]
-        return self.constant + self.table_costs(states, range(len(self.tables)))
+        return states
 
     def table_costs(self, states: IntArray, tables: Iterable[int]) -> FloatArray:
         """Cost (batch,) of some tables, from states (nodes, batch)."""

@@ -26,7 +26,10 @@ FACTOR_LIMIT = 2_000_000  # entries of the largest intermediate table
 TOTAL_LIMIT = 20_000_000  # entries of all of them
 PART = 10  # components, which are evaluated far more often, get this share of the limits
 BATCH_ENTRIES = 6_000_000  # entries of all tables of a batch: what memory and caches bear
-ROUNDS = 150  # subgradient steps when there are several components
+ROUNDS = 300  # subgradient steps when there are several components
+PATIENCE = 15  # of them, without progress, until they are halved
+LEAST_REACH = 1 / 64  # of their full length: steps so small get nowhere
+MEMORY = 0.7  # of the last step's direction goes into the next: less zigzag
 OFFER_EVERY = 15  # of them, between looks at the solutions met
 PRICE_PACE = 30.0  # a miss of the budget by the span counts as this many copies that disagree
 STEP_WORK = 2_000  # entries that take as long as the fixed part of one step of an elimination
@@ -151,6 +154,9 @@ class Relaxation:
     ) -> tuple[float, float]:
         """Improve the shares and the price by Polyak steps; return the least bound, its price.
 
+        The steps are deflected (P. Camerini, L. Fratta, F. Maffioli, "On improving relaxation
+        methods by modified gradient techniques", 1975): each keeps some of the last direction.
+
         `span` is the range of costs, which sets how far the price moves against the shares.
 
         `offer(levels, bound)` is told now and then what was met, and answers with the best value
@@ -165,6 +171,7 @@ class Relaxation:
         owners = np.maximum(owned.sum(axis=0), 1.0)
         met: list[IntArray] = []
         target, reach, stale = -np.inf, 1.0, 0
+        last_pull, last_slope = np.zeros_like(owned), 0.0
         for k in range(ROUNDS):
             found = self.evaluate(np.asarray([price]), mask)
             bound = float(found.upper[0]) + price * budget
@@ -178,8 +185,10 @@ class Relaxation:
                 met = []
                 if target == np.inf:
                     break
-            if stale >= 5:
+            if stale >= PATIENCE:
                 reach, stale = reach / 2, 0
+            if reach < LEAST_REACH:
+                break
             # Each copy is pushed from what it chose towards what the copies chose on average.
             chosen = np.zeros_like(owned)
             for row, levels in zip(chosen, found.levels, strict=True):
@@ -191,6 +200,11 @@ class Relaxation:
             norm = float((pull**2).sum()) + slope**2
             if norm == 0:
                 break
+            bent, bent_slope = pull + MEMORY * last_pull, slope + MEMORY * last_slope
+            bent_norm = float((bent**2).sum()) + bent_slope**2
+            if bent_norm >= norm / 4:  # not where they cancel out: the step would be a leap
+                pull, slope, norm = bent, bent_slope, bent_norm
+            last_pull, last_slope = pull, slope
             aim = target if np.isfinite(target) else bound - 0.05 * abs(bound)
             step = reach * max(bound - aim, 1e-9 * abs(bound)) / norm
             price = max(price - step * slope * PRICE_PACE / span, 0.0)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 __all__ = [
+    "detached_copy",
     "empty_like",
     "named_tensors",
     "structural_copy",
@@ -47,9 +48,26 @@ def structural_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+def detached_copy(module: nn.Module) -> nn.Module:
+    """A copy that shares the parameters but has buffers of its own: it may be run."""
+    return copy.deepcopy(
+        module, {id(p): p for p in module.parameters()} | _computed_tensors(module)
+    )
+
+
+def _computed_tensors(module: nn.Module) -> dict[int, Any]:
+    """Tensors that hooks keep on modules (old-style weight norm): they can't be copied as such."""
+    return {
+        id(value): value.detach()
+        for own in module.modules()
+        for value in own.__dict__.values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
+
+
 def substitute_copy(module: nn.Module, tensors: dict[int, torch.Tensor]) -> Any:
     """A copy of the modules with tensor `t` replaced by `tensors[id(t)]`."""
-    return copy.deepcopy(module, dict(tensors))
+    return copy.deepcopy(module, _computed_tensors(module) | tensors)
 
 
 def without_data(value: Any) -> Any:
