@@ -14,6 +14,7 @@ import halp_fx
 from halp_fx.errors import InputError
 from halp_fx.passes.rules.wrappers import unwrapped
 from tests import oracle
+from tests.state import named_tensors
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -30,10 +31,12 @@ class Net(nn.Module):
         return self.fc(self.drop(x.mean((2, 3))))
 
 
-def net() -> nn.Module:
+def net() -> Net:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return oracle.randomize(Net()).eval()
+        model = oracle.randomize(Net())
+    assert isinstance(model, Net)
+    return model.eval()
 
 
 def compiled(model: nn.Module, budget: float = 0.5, inputs: Tensor = IMAGE) -> fx.GraphModule:
@@ -43,7 +46,7 @@ def compiled(model: nn.Module, budget: float = 0.5, inputs: Tensor = IMAGE) -> f
 @pytest.fixture
 def process_group() -> Iterator[None]:
     """This process as a group of its own, which DistributedDataParallel asks for."""
-    distributed = torch.distributed
+    distributed: Any = torch.distributed
     if not distributed.is_available() or not distributed.is_gloo_available():
         pytest.skip("this PyTorch has no gloo")
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
@@ -51,7 +54,7 @@ def process_group() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def held_to(model: nn.Module, wrapped: nn.Module, attribute: str) -> None:
+def held_to(model: nn.Module, wrapped: Any, attribute: str) -> None:
     """Pruning `wrapped` warns, and gives what pruning `model` gives."""
     with pytest.warns(UserWarning, match=rf"wrapped; what is in its `\.{attribute}`") as caught:
         pruned = halp_fx.compile(wrapped, 0.5, IMAGE, latency="analytic")
@@ -119,11 +122,11 @@ def test_what_is_no_wrapper_stays() -> None:
 def test_pruned_before() -> None:
     """`kept` is of the network that was given, not of the first one."""
     model = net()
-    once = compiled(model, 0.6)
-    twice = compiled(once, 0.5)
+    once: Any = compiled(model, 0.6)
+    twice: Any = compiled(once, 0.5)
     shapes = {name: tensor.shape for name, tensor in once.state_dict().items()}
     kept = halp_fx.plan_of(twice).kept
-    assert list(kept) == [n for n, _ in oracle.named_tensors(once).items()]
+    assert list(kept) == list(named_tensors(once))
     for name, dims in kept.items():
         for index, size in zip(dims, shapes[name], strict=True):
             assert index is None or int(index.max()) < size
