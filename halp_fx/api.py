@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -56,6 +56,7 @@ def compile(
     min_width: int | Mapping[str, int] = 0,
     round_to: int | Mapping[str, int] | None = None,
     candidates: int = 1,
+    also: Sequence[tuple[Any, float | str | Budget]] = (),
     verify: bool = True,
     progress: Progress | None = None,
 ) -> fx.GraphModule:
@@ -101,6 +102,8 @@ def compile(
             matches, the default holds.
         candidates: try so many near-optimal plans on a few batches of `data` (loss after batch
             norm recalibration) and keep the best.
+        also: further devices or back-ends whose latency is limited too: pairs (latency, budget) as
+            the arguments of these names.
         verify: measure the result beside the dense network, and choose again while it misses the
             budget. Only with a back-end that measures.
         progress: called as `progress(stage, done, total)`.
@@ -148,6 +151,10 @@ def compile(
                 "result is not measured here",
                 stacklevel=2,
             )
+        others = [
+            (resolve_backend(where, device=_device_of(model)), parse_budget(most))
+            for where, most in also
+        ]
         stage("groups")
         scope = scope_of(traced.root, include, exclude)
         groups = _in_scope(find_groups(traced, exact=exact, scope=scope), scope)
@@ -165,6 +172,12 @@ def compile(
             select,
             solver=solver,
             limits=_limits(limit, groups),
+            also=[
+                (other, most.in_ms(other.dense_ms))
+                for other, most in (
+                    (price(groups, elsewhere, progress=None), most) for elsewhere, most in others
+                )
+            ],
             drop_blocks=drop_blocks,
             allowed=allowed,
         )

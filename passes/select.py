@@ -26,7 +26,7 @@ from halp_fx.knapsack import (
     solve_several,
     solve_uniform,
 )
-from halp_fx.passes.rules.counts import Count, mac_counts, parameter_counts, total
+from halp_fx.passes.rules.counts import mac_counts, parameter_counts, total
 from halp_fx.passes.rules.plan import kept_indices
 from halp_fx.passes.rules.widths import Widths
 from halp_fx.types import (
@@ -95,6 +95,16 @@ class _Priced(Protocol):
 
 
 @dataclass(frozen=True)
+class _Limit:
+    """A limit besides the latency."""
+
+    name: str  # of what is limited, as "params"
+    priced: Sequence[_Priced]
+    most: float
+    dense: float  # what the dense network has
+
+
+@dataclass(frozen=True)
 class Knapsack:
     """The choice of widths as `halp_fx.knapsack` takes it."""
 
@@ -156,6 +166,7 @@ def select(
     *,
     solver: str = "joint",
     limits: Mapping[str, float] | None = None,
+    also: Sequence[tuple[LatencyModel, float]] = (),
     drop_blocks: bool = True,
     min_share: float = 0.0,
     allowed: Widths | None = None,
@@ -167,6 +178,7 @@ def select(
             paper's own, in 30 steps), "greedy" (the least saliency for each millisecond saved)
             or "uniform" (the same share of every group).
         limits: further limits, for the joint solver: "params" and "macs", as counts.
+        also: further latency models and the milliseconds that each may take, likewise.
         drop_blocks: whether residual branches may go whole.
         min_share: each group keeps at least this share of its units, or goes with its branch; in
             place of `allowed`.
@@ -183,6 +195,7 @@ def select(
     if not budget_ms > 0:
         raise BudgetError(f"budget_ms is {budget_ms!r}: pass a latency above 0 milliseconds")
     check_solver(solver, limits)
+    check_solver(solver, ["params"] if also else [])
     for name, limit in limits.items():
         if not limit > 0:
             raise BudgetError(f"the limit on {name} is {limit!r}: pass a count above 0")
@@ -191,8 +204,14 @@ def select(
     )
     params, macs = parameter_counts(groups), mac_counts(groups)
     counts = {"params": params, "macs": macs}
-    if limits:
-        levels, value, bound = _within_all(groups, latency, problem, budget_ms, limits, counts)
+    further = [
+        *(_Limit(name, counts[name], limit, total(counts[name], groups.dense_units))
+          for name, limit in limits.items()),
+        *(_Limit(f"ms of {other.backend}", other.kernels, limit, other.dense_ms)
+          for other, limit in also),
+    ]  # fmt: skip
+    if further:
+        levels, value, bound = _within_all(groups, latency, problem, budget_ms, further)
     else:
         levels, value, bound = _within_time(groups, latency, problem, budget_ms, solver)
     units = tuple(
@@ -204,6 +223,16 @@ def select(
         "limits": limits,
         "params": {"dense": total(params, dense), "pruned": total(params, kept)},
         "macs": {"dense": total(macs, dense), "pruned": total(macs, kept)},
+        "also": [
+            {
+                "backend": other.backend,
+                "device": other.device,
+                "dense_ms": other.dense_ms,
+                "predicted_ms": other.total_ms(kept),
+                "budget_ms": limit,
+            }
+            for other, limit in also
+        ],
     }
     return Plan(
         kept=kept_indices(groups, units),
@@ -272,27 +301,25 @@ def _within_all(
     latency: LatencyModel,
     problem: Knapsack,
     budget_ms: float,
-    limits: Mapping[str, float],
-    counts: Mapping[str, Sequence[Count]],
+    further: Sequence[_Limit],
 ) -> tuple[tuple[int, ...], float, float]:
-    """The same for limits on parameters or multiply-adds besides."""
-    further = {name: _terms(counts[name], problem.sizes) for name in limits}
+    """The same for limits on parameters, multiply-adds or another device's latency besides."""
+    priced = [(limit, _terms(limit.priced, problem.sizes)) for limit in further]
     constraints = [
         (problem.terms, budget_ms),
-        *((terms, limits[name]) for name, terms in further.items()),
+        *((terms, limit.most) for limit, terms in priced),
     ]
     try:
         solution = solve_several(problem.values, constraints, gap=_LATENCY_GAP)
     except InfeasibleError as error:
         model = groups.traced.model_name
-        for name, terms in further.items():
+        for limit, terms in priced:
             try:
-                solve(problem.values, terms, limits[name], gap=_BOUND_GAP)
+                solve(problem.values, terms, limit.most, gap=_BOUND_GAP)
             except InfeasibleError as alone:
-                dense = total(counts[name], groups.dense_units)
                 raise InfeasibleError(
-                    f"the limit of {limits[name]:.6g} {name} can't be met: the fewest that "
-                    f"{model} can be pruned to are {alone.least:.6g} of {dense}",
+                    f"the limit of {limit.most:.6g} {limit.name} can't be met: the fewest that "
+                    f"{model} can be pruned to are {alone.least:.6g} of {limit.dense}",
                     alone.least,
                 ) from error
         try:
@@ -301,7 +328,7 @@ def _within_all(
             raise _unreachable(groups, latency, budget_ms, alone.least) from error
         raise InfeasibleError(
             f"{model} can be pruned to {budget_ms:.4g} ms and to each of "
-            f"{', '.join(f'{limit:.6g} {name}' for name, limit in limits.items())}, but no choice "
+            f"{', '.join(f'{limit.most:.6g} {limit.name}' for limit in further)}, but no choice "
             "within all of them was found: raise one",
             error.least,
         ) from error

@@ -324,3 +324,29 @@ def test_bench_solve_errors(command: typer.Typer, arguments: list[str], message:
     result = CliRunner().invoke(command, ["solve", *arguments])
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
+
+
+def test_two_devices_at_once() -> None:
+    """A second latency, on a device that is bound by memory, is a limit of its own."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 3),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(32, 64, 3),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(64, 8, 1),
+    )
+    x = torch.randn(1, 3, 32, 32)
+    memory = halp_fx.latency.Analytic(peak_gflops=1e6, bandwidth_gbs=1.0)
+    alone = halp_fx.plan_of(halp_fx.compile(net, 0.5, x, latency="analytic"))
+    both = halp_fx.plan_of(halp_fx.compile(net, 0.5, x, latency="analytic", also=[(memory, 0.6)]))
+    (second,) = both.report["also"]
+    assert both.predicted_ms <= both.budget_ms
+    assert second["predicted_ms"] <= second["budget_ms"]
+    assert second["budget_ms"] == pytest.approx(0.6 * second["dense_ms"])
+    assert both.value <= alone.value
+    assert both.gap < 0.05
+    with pytest.raises(halp_fx.errors.InfeasibleError, match="ms of analytic can't be met"):
+        halp_fx.compile(net, 0.5, x, latency="analytic", also=[(memory, 0.01)])
+    with pytest.raises(halp_fx.errors.InputError, match="solver"):
+        halp_fx.compile(net, 0.5, x, latency="analytic", also=[(memory, 0.6)], solver="greedy")
