@@ -19,7 +19,7 @@ from halp_fx.candidates import best_of
 from halp_fx.errors import HalpError, InputError, NothingToPruneError
 from halp_fx.latency import Source, Stored, measure_paired, resolve_backend
 from halp_fx.passes.groups import find_groups
-from halp_fx.passes.latency import price
+from halp_fx.passes.latency import price, refine
 from halp_fx.passes.rewrite import rewrite
 from halp_fx.passes.rules.counts import mac_counts, parameter_counts, total
 from halp_fx.passes.rules.scope import Scope, Selection, scope_of
@@ -35,6 +35,7 @@ __all__ = ["compile", "plan_of"]
 Progress = Callable[[str, int, int], None]
 _MIN_SHARE = 0.1
 _ROUNDS = 4  # how often a network that misses its budget is selected again
+_REFINEMENTS = 3  # how often the chosen widths are measured and chosen again
 _TOLERANCE = 0.02  # by how much a measured latency may pass the budget: repeatability of timers
 
 
@@ -182,6 +183,9 @@ def compile(
             allowed=allowed,
         )
         plan = choose(groups, scores, costs, budget_ms)
+        if _can_measure(source):
+            stage("refine")
+            costs, plan = _refined(plan, scores, costs, source, tell, choose)
         if candidates > 1 and data is not None and loss is not None:
             stage("candidates")
             plan = best_of(
@@ -210,6 +214,25 @@ def plan_of(pruned: nn.Module) -> Plan:
             f"{type(pruned).__name__} has no plan: pass what halp_fx.compile or halp_fx.load gave"
         )
     return cast(Plan, plan)
+
+
+def _refined(
+    plan: Plan,
+    scores: Saliency,
+    costs: LatencyModel,
+    source: Source,
+    tell: Progress,
+    choose: Callable[[ChannelGroups, Saliency, LatencyModel, float], Plan],
+) -> tuple[LatencyModel, Plan]:
+    """Measure the kernels at the widths that were chosen, and choose again by what they take."""
+    for done in range(1, _REFINEMENTS + 1):
+        kept = [len(units) for units in plan.units]
+        costs = refine(plan.groups, source, costs, kept)
+        plan = choose(plan.groups, scores, costs, plan.budget_ms)
+        tell("refine", done, _REFINEMENTS)
+        if kept == [len(units) for units in plan.units]:
+            break
+    return costs, plan
 
 
 def _can_measure(source: Source) -> bool:

@@ -200,6 +200,9 @@ class Kernel:
     axes: tuple[Extent, ...]
     cost: Callable[..., Any] = field(compare=False)
     op: str = ""  # for people: "conv2d 3x3 + batch_norm + relu"
+    # One an axis, or none: sizes that are no multiple of it are no faster than the next multiple.
+    # 1: every size counts; 0: not looked for.
+    steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,24 +6,22 @@ Ensures: every operator of the network is in one kernel; every kernel has a cost
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from halp_fx.errors import LatencyError
-from halp_fx.latency import Analytic, GridCost, Job, Source, measure_jobs
+from halp_fx.latency import Analytic, Job, Source, Stored, measure_jobs
 from halp_fx.passes.rules.cut import cut, signature
+from halp_fx.passes.rules.grids import Grid, Kept, Probe, probes, steps_of
 from halp_fx.passes.rules.kernels import Part, kernel_parts, roofline
-from halp_fx.types import ChannelGroups, Extent, IntArray, Kernel, LatencyModel
+from halp_fx.types import ChannelGroups, Kernel, LatencyModel
 
-__all__ = ["price"]
+__all__ = ["measurements", "price", "refine"]
 
 Progress = Callable[[int, int], None]
-_POINTS = {1: 7, 2: 5}  # measured sizes an axis, by the number of axes
-_REFERENCE = Analytic()  # shape of the costs of kernels with too many axes to measure
 
 
 def price(
@@ -32,9 +30,10 @@ def price(
     """Price every kernel of the network at every width.
 
     A back-end that computes costs is asked for each kernel as a formula. One that measures is
-    given each kernel, cut out of the graph and narrowed, at a grid of widths; between those the
-    cost is interpolated. Kernels with more than two independent widths are measured once and
-    scaled by the roofline.
+    given each kernel, cut out of the graph and narrowed, at a coarse grid of widths; between
+    those the cost is interpolated. Kernels with more than two independent widths are measured at
+    a few and scaled by the roofline. The costliest kernel of each kind is measured at narrow
+    distances besides, which shows the steps that its width should keep to (`Kernel.steps`).
 
     Args:
         progress: called with how many measurements are done and how many there are.
@@ -50,6 +49,64 @@ def price(
     if not kernels or total <= 0:
         raise LatencyError(f"{groups.traced.model_name} has no operator that costs time")
     return LatencyModel(tuple(kernels), backend.name, backend.fingerprint(), total)
+
+
+def measurements(groups: ChannelGroups, fuses: bool) -> list[Job]:
+    """All that `price` measures for a back-end: jobs for a device that is elsewhere.
+
+    Args:
+        fuses: whether that back-end runs a convolution and what follows it as one kernel.
+    """
+    grids = [Grid(groups, part) for part in kernel_parts(groups, fuses, split=False)]
+    return _jobs(groups, grids, probes(groups, grids))
+
+
+def refine(
+    groups: ChannelGroups,
+    source: Source,
+    model: LatencyModel,
+    kept: Sequence[int],
+    *,
+    progress: Progress | None = None,
+) -> LatencyModel:
+    """The same model, made exact at one choice of widths by measuring each kernel there.
+
+    Args:
+        model: what `price` or `refine` gave for these groups and this source.
+        kept: units kept in each group.
+
+    Returns:
+        `model` itself where nothing can be measured.
+    """
+    backend, table = source.backend, source.table
+    if isinstance(backend, Analytic | Stored) or table is None:
+        return model
+    units = dict(enumerate(kept))
+    keys = {
+        k: signature(groups, kernel.nodes, units)
+        for k, kernel in enumerate(model.kernels)
+        if _can_refine(kernel, kept)
+    }
+    jobs = [Job(key, _builder(groups, model.kernels[k].nodes, units)) for k, key in keys.items()]
+    measure_jobs(jobs, backend, table, progress=_counting(progress))
+    fingerprint = backend.fingerprint()
+    kernels = list(model.kernels)
+    for k, key in keys.items():
+        timing = table.get(key, fingerprint)
+        if timing is not None:
+            cost: Any = kernels[k].cost
+            sizes = [int(axis.size(units)) for axis in kernels[k].axes]
+            kernels[k] = replace(kernels[k], cost=cost.with_point(sizes, timing.median_ms))
+    return replace(model, kernels=tuple(kernels))
+
+
+def _can_refine(kernel: Kernel, kept: Sequence[int]) -> bool:
+    involved = {g for axis in kernel.axes for g, _ in axis.parts}
+    return bool(involved) and all(kept[g] for g in involved) and hasattr(kernel.cost, "with_point")
+
+
+def _counting(progress: Progress | None) -> Callable[[int, int, str], None] | None:
+    return None if progress is None else (lambda done, total, key: progress(done, total))
 
 
 def _analytic(part: Part, backend: Analytic) -> Kernel:
@@ -96,101 +153,48 @@ class _Droppable:
                 gone = gone | (np.asarray(size) == 0)
         return np.where(gone, 0.0, cost)
 
+    def with_point(self, sizes: Sequence[int], ms: float) -> _Droppable:
+        """The same cost with one more measurement."""
+        cost: Any = self.cost
+        return _Droppable(cost.with_point(sizes, ms), self.can_vanish, self.least, self.whole)
+
 
 def _measured(groups: ChannelGroups, source: Source, progress: Progress | None) -> list[Kernel]:
-    parts = kernel_parts(groups, source.backend.fuses, split=False)
-    plans = [_Grid(groups, part) for part in parts]
-    jobs: dict[str, Job] = {}
-    for plan in plans:
-        for kept in plan.points():
-            key = signature(groups, plan.part.nodes, kept)
-            if key not in jobs:
-                jobs[key] = Job(key, _builder(groups, plan.part.nodes, kept))
-    table = source.table
+    table, backend = source.table, source.backend
     assert table is not None
-    measure_jobs(
-        list(jobs.values()),
-        source.backend,
-        table,
-        progress=None if progress is None else (lambda done, total, key: progress(done, total)),
-    )
-    fingerprint = source.backend.fingerprint()
+    grids = [Grid(groups, part) for part in kernel_parts(groups, backend.fuses, split=False)]
+    probed = probes(groups, grids)
+    fingerprint = backend.fingerprint()
+    jobs = _jobs(groups, grids, [] if isinstance(backend, Stored) else probed)
+    measure_jobs(jobs, backend, table, progress=_counting(progress))
+    keys: dict[Any, str] = {}
+
+    def time_of(nodes: tuple[str, ...], kept: Mapping[int, int]) -> float | None:
+        at = (nodes, tuple(kept.items()))
+        if at not in keys:
+            keys[at] = signature(groups, nodes, kept)
+        timing = table.get(keys[at], fingerprint)
+        return None if timing is None else timing.median_ms
 
     def look_up(nodes: tuple[str, ...], kept: Mapping[int, int]) -> float:
-        timing = table.get(signature(groups, nodes, kept), fingerprint)
-        if timing is None:
+        ms = time_of(nodes, kept)
+        if ms is None:
             raise LatencyError(f"the table has no time for {signature(groups, nodes, kept)}")
-        return timing.median_ms
+        return ms
 
-    return [plan.kernel(look_up) for plan in plans]
+    return [grid.kernel(look_up, steps_of(grid, probed, time_of)) for grid in grids]
 
 
-def _builder(groups: ChannelGroups, nodes: tuple[str, ...], kept: dict[int, int]) -> Any:
+def _jobs(groups: ChannelGroups, grids: Iterable[Grid], probed: Iterable[Probe]) -> list[Job]:
+    wanted = [(grid.part.nodes, kept) for grid in grids for kept in grid.points()]
+    wanted += [(probe.nodes, kept) for probe in probed for _, kept in probe.points]
+    jobs: dict[str, Job] = {}
+    for nodes, kept in wanted:
+        key = signature(groups, nodes, kept)
+        if key not in jobs:
+            jobs[key] = Job(key, _builder(groups, nodes, kept))
+    return list(jobs.values())
+
+
+def _builder(groups: ChannelGroups, nodes: tuple[str, ...], kept: Kept) -> Any:
     return lambda: cut(groups, nodes, kept)
-
-
-class _Grid:
-    """Where a kernel is measured."""
-
-    def __init__(self, groups: ChannelGroups, part: Part) -> None:
-        self.groups, self.part = groups, part
-        self.axes, self.formula = roofline(part, _REFERENCE.cost_ms, lambda n: n)
-        involved = [g for axis in self.axes for g, _ in axis.parts]
-        independent = len(involved) == len(set(involved))
-        self.gridded = len(self.axes) <= max(_POINTS) and independent
-        self.sizes: list[IntArray] = []
-        self.choices: list[list[dict[int, int]]] = []
-        if self.gridded:
-            for axis in self.axes:
-                chosen = {
-                    int(axis.size(kept)): kept
-                    for kept in _along(groups, axis, _POINTS[len(self.axes)])
-                }
-                self.sizes.append(np.array(sorted(chosen), dtype=np.int64))
-                self.choices.append([chosen[s] for s in sorted(chosen)])
-
-    def points(self) -> list[dict[int, int]]:
-        """Units kept in each group, one dict a measurement."""
-        dense = dict(enumerate(self.groups.dense_units))
-        return [
-            {**dense, **{g: n for choice in combination for g, n in choice.items()}}
-            for combination in itertools.product(*self.choices)
-        ]
-
-    def kernel(self, look_up: Callable[[tuple[str, ...], Mapping[int, int]], float]) -> Kernel:
-        part = self.part
-        times = [look_up(part.nodes, kept) for kept in self.points()]
-        cost: Callable[..., Any]
-        if self.gridded:
-            shape = tuple(len(s) for s in self.sizes)
-            cost = GridCost(tuple(self.sizes), np.array(times).reshape(shape))
-        else:
-            dense = [axis.size(self.groups.dense_units) for axis in self.axes]
-            scale = times[0] / max(float(self.formula(*dense)), 1e-12)
-            cost = _Scaled(scale, self.formula)
-        return Kernel(part.nodes[-1], part.nodes, self.axes, cost, part.op)
-
-
-class _Scaled:
-    """A formula, scaled to one measurement."""
-
-    def __init__(self, scale: float, formula: Callable[..., Any]) -> None:
-        self.scale, self.formula = scale, formula
-
-    def __call__(self, *sizes: Any) -> Any:
-        return self.scale * self.formula(*sizes)
-
-
-def _along(groups: ChannelGroups, axis: Extent, points: int) -> list[dict[int, int]]:
-    """Units to keep along one axis: from the least to all, evenly, on multiples of 8."""
-    choices: list[dict[int, int]] = []
-    for share in np.linspace(0.0, 1.0, points):
-        kept: dict[int, int] = {}
-        for group, _ in axis.parts:
-            units, least = groups.groups[group].units, groups.groups[group].least
-            count = round(least + share * (units - least))
-            if units >= 64 and least < count < units:
-                count = max(8 * round(count / 8), 8)
-            kept[group] = min(max(count, least), units)
-        choices.append(kept)
-    return choices

@@ -43,7 +43,15 @@ from halp_fx.types import (
     TensorSpec,
 )
 
-__all__ = ["SOLVERS", "Knapsack", "check_solver", "knapsack_of", "select", "widths"]
+__all__ = [
+    "SOLVERS",
+    "Knapsack",
+    "check_solver",
+    "knapsack_of",
+    "select",
+    "unit_steps",
+    "widths",
+]
 
 SOLVERS = ("joint", "halp", "greedy", "uniform")
 _MAX_LEVELS = 32
@@ -58,6 +66,7 @@ def widths(
     min_share: float = 0.0,
     min_width: int = 0,
     round_to: int | None = None,
+    step: int = 1,
 ) -> IntArray:
     """The numbers of units that a group may keep, ascending; the dense number is always one.
 
@@ -65,12 +74,18 @@ def widths(
     that is `droppable` whole may also keep none.
 
     Multiples of a power of two that grows with the group (8 from 64 units on), so that back-ends
-    which compute channels in blocks find full ones, and the least width; with `round_to` instead
-    only such that the channels are a multiple of it.
+    which compute channels in blocks find full ones, and the least width; with a `step` of units
+    above 1, found by measuring, multiples of that; with `round_to` instead only such that the
+    channels are a multiple of it.
     """
     asked = max(math.ceil(min_share * group.units - 1e-9), -(-min_width // group.width))
     least = min(max(group.least, asked), group.units)
-    if round_to is None:
+    if round_to is None and 1 < step < group.units:
+        unit = step
+        while group.units // step > _MAX_LEVELS:
+            step *= 2
+        ends = {min(-(-n // unit) * unit, group.units) for n in (max(least, 1), least)}
+    elif round_to is None:
         step = 1
         while group.units // step > _MAX_LEVELS or (step < 8 and group.units >= 8 * step):
             step *= 2
@@ -83,6 +98,20 @@ def widths(
     choices = {*range(step, group.units, step), *ends, group.units}
     found = {c for c in choices if least <= c <= group.units} | ({0} if droppable else set())
     return np.array(sorted(found), dtype=np.int64)
+
+
+def unit_steps(groups: ChannelGroups, latency: LatencyModel) -> list[int]:
+    """For each group, of how many units its width should be a multiple; 1: nothing is known.
+
+    The smallest step among the kernels that have the width: the costs tell what a width between
+    the larger steps of others takes.
+    """
+    found: list[list[int]] = [[] for _ in groups.groups]
+    for kernel in latency.kernels:
+        for axis, step in zip(kernel.axes, kernel.steps, strict=False):
+            for group, channels in axis.parts if step else ():
+                found[group].append(step // math.gcd(step, channels))
+    return [min(steps, default=1) for steps in found]
 
 
 class _Priced(Protocol):
@@ -137,9 +166,15 @@ def knapsack_of(
             min_share=own.min_share,
             min_width=own.min_width,
             round_to=own.round_to,
+            step=step,
         )
-        for g, (group, own) in enumerate(
-            zip(groups.groups, _allowed(allowed, min_share).resolve(groups), strict=True)
+        for g, (group, own, step) in enumerate(
+            zip(
+                groups.groups,
+                _allowed(allowed, min_share).resolve(groups),
+                unit_steps(groups, latency),
+                strict=True,
+            )
         )
     )
     orders = tuple(np.argsort(-s, kind="stable") for s in saliency.scores)

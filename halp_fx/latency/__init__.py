@@ -7,6 +7,7 @@ from .backend import Backend, BlockTimer, Job, Timing
 from .interpolate import GridCost
 from .onnxruntime_backend import OnnxRuntime
 from .source import Source, Stored, resolve_backend
+from .steps import Step, SteppedCost, find_step, probe_sizes
 from .table import Entry, LatencyTable, default_table_path
 from .timing import measure_jobs, measure_network, measure_paired
 from .torch_backend import Torch
@@ -21,12 +22,16 @@ __all__ = [
     "LatencyTable",
     "OnnxRuntime",
     "Source",
+    "Step",
+    "SteppedCost",
     "Stored",
     "Timing",
     "Torch",
     "default_table_path",
+    "find_step",
     "measure_jobs",
     "measure_network",
     "measure_paired",
+    "probe_sizes",
     "resolve_backend",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,29 @@ class GridCost:
         ]
         cost = self._blend(cells, ())
         return float(cost) if np.ndim(cost) == 0 else cost
+
+    def with_point(self, sizes: Sequence[int], ms: float) -> GridCost:
+        """The same cost with one more measured point, which changes the cells around it alone.
+
+        The grid is refined by the lines through the point; on them, what was interpolated
+        before stays.
+
+        Args:
+            sizes: one an axis.
+            ms: milliseconds measured there.
+
+        Raises:
+            LatencyError: a size is outside of what was measured.
+        """
+        axes = tuple(
+            np.union1d(axis, np.array([size], dtype=np.int64))
+            for axis, size in zip(self.axes, sizes, strict=True)
+        )
+        self(*sizes)  # refuses sizes outside
+        values = np.array(self(*np.meshgrid(*axes, indexing="ij")), dtype=np.float64)
+        at = tuple(int(np.searchsorted(a, n)) for a, n in zip(axes, sizes, strict=True))
+        values[at] = ms
+        return GridCost(axes, values)
 
     def _blend(self, cells: list[tuple[Any, Any, Any]], index: tuple[Any, ...]) -> Any:
         """The cost within the cells of the axes after those that `index` fixes."""

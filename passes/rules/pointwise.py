@@ -29,6 +29,7 @@ __all__ = ["join"]
     "native_dropout",
     "bernoulli",
     "hardswish",
+    "leaky_relu",  # not tagged before torch 2.11
     "prelu",
     "_prelu_kernel",
     "empty_like",
