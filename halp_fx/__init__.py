@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from halp_fx import errors, latency
 from halp_fx._version import __version__
-from halp_fx.api import compile, plan_of
+from halp_fx.api import compile, plan_of, sweep
 from halp_fx.budget import Budget
 from halp_fx.knapsack import Solution, Sum, SumTerm, solve
 from halp_fx.latency import LatencyTable
@@ -36,4 +36,5 @@ __all__ = [
     "recalibrate",
     "save",
     "solve",
+    "sweep",
 ]

@@ -1,4 +1,4 @@
-"""What the network must fit into: a latency, and where asked for parameters and multiply-adds."""
+"""What the network must fit into: a latency, and where asked for size, work and memory."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from halp_fx.errors import BudgetError
 __all__ = ["Budget", "parse_budget"]
 
 _TIME = re.compile(r"\s*(?P<number>[0-9.eE+-]+)\s*(?P<unit>ms|us|s|%)\s*")
+_COUNTS = ("params", "macs", "memory")
 _TO_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 _ACCEPTED = 'pass a share of the dense latency (0.5), a time ("4ms") or halp_fx.Budget(...)'
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits that hold together: on latency, on parameters, on multiply-adds; at least one.
+    """Limits that hold together, at least one: latency, parameters, multiply-adds, memory.
 
     Latency is given as a time or as a share of the dense network's, not both. Where it isn't
-    given, the pruned network must be no slower than the dense one. `params` and `macs` are counts
-    where they are above 1 or an `int`, and shares of the dense network's as floats up to 1.
+    given, the pruned network must be no slower than the dense one. `params`, `macs` and `memory`
+    are counts where they are above 1 or an `int`, and shares of the dense network's as floats up
+    to 1.
 
     Raises:
         BudgetError: none is given, or both a time and a share, or one is out of range.
@@ -39,14 +41,16 @@ class Budget:
     share: float | None = None  # of the dense latency, above 0 and at most 1
     params: float | None = None  # numbers in the parameters, or their share
     macs: float | None = None  # multiply-adds at the example's batch size, or their share
+    # Most bytes that activations take at a time, at the example's batch size, or their share.
+    memory: float | None = None
 
     def __post_init__(self) -> None:
         if self.latency_ms is not None and self.share is not None:
             raise BudgetError("Budget takes a latency once, as exactly one of latency_ms and share")
-        if (self.latency_ms, self.share, self.params, self.macs) == (None,) * 4:
+        if self.latency_ms is None and self.share is None and not self.further:
             raise BudgetError(
                 "Budget sets no limit: pass exactly one of latency_ms and share, or params, or "
-                "macs, or several"
+                "macs, or memory, or several"
             )
         if self.share is not None:
             _check(self.share, "the share")
@@ -57,15 +61,15 @@ class Budget:
                 )
         if self.latency_ms is not None:
             _check(self.latency_ms, "latency_ms")
-        for name in ("params", "macs"):
+        for name in _COUNTS:
             limit = getattr(self, name)
             if limit is not None:
                 _check(limit, name, f"pass a count ({name}=1e6) or a share ({name}=0.5)")
 
     @property
     def further(self) -> tuple[str, ...]:
-        """What is limited besides the latency: "params", "macs", both or none."""
-        return tuple(name for name in ("params", "macs") if getattr(self, name) is not None)
+        """What is limited besides the latency: of "params", "macs" and "memory"."""
+        return tuple(name for name in _COUNTS if getattr(self, name) is not None)
 
     def in_ms(self, dense_ms: float) -> float:
         """The latency budget in milliseconds, for a dense network that takes `dense_ms`."""
@@ -73,13 +77,11 @@ class Budget:
             return float(self.latency_ms)
         return float(self.share if self.share is not None else 1.0) * dense_ms
 
-    def counts(self, dense_params: int, dense_macs: int) -> dict[str, float]:
-        """The limits on "params" and "macs" as counts; only those that were given."""
+    def counts(self, dense_params: int, dense_macs: int, dense_memory: int = 0) -> dict[str, float]:
+        """The limits on "params", "macs" and "memory" as counts; only those that were given."""
         found = {}
-        for name, limit, dense in (
-            ("params", self.params, dense_params),
-            ("macs", self.macs, dense_macs),
-        ):
+        for name, dense in zip(_COUNTS, (dense_params, dense_macs, dense_memory), strict=True):
+            limit = getattr(self, name)
             if limit is not None:
                 is_share = isinstance(limit, float) and limit <= 1
                 found[name] = float(limit) * dense if is_share else float(limit)

@@ -213,6 +213,9 @@ class LatencyModel:
     backend: str  # "analytic", "torch" ...
     device: str  # fingerprint of the device, for people and for the table
     dense_ms: float  # cost of the dense network
+    # How the whole network relates to its kernels, as measured (halp_fx.latency.Calibration): the
+    # costs of the kernels are scaled by it already. None: sums are taken as they are.
+    calibration: Any = field(default=None, compare=False)
 
     def total_ms(self, kept: Mapping[int, int] | Any) -> float:
         """Cost in milliseconds when `kept[g]` units of group g survive."""

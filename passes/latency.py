@@ -6,6 +6,7 @@ Ensures: every operator of the network is in one kernel; every kernel has a cost
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,19 +14,23 @@ from typing import Any
 import numpy as np
 
 from halp_fx.errors import LatencyError
-from halp_fx.latency import Analytic, Job, Source, Stored, measure_jobs
+from halp_fx.latency import Analytic, Calibration, Job, Source, Stored, measure_jobs
 from halp_fx.passes.rules.cut import cut, signature
 from halp_fx.passes.rules.grids import Grid, Kept, Probe, probes, steps_of
 from halp_fx.passes.rules.kernels import Part, kernel_parts, roofline
 from halp_fx.types import ChannelGroups, Kernel, LatencyModel
 
-__all__ = ["measurements", "price", "refine"]
+__all__ = ["measurements", "network_key", "price", "refine"]
 
 Progress = Callable[[int, int], None]
 
 
 def price(
-    groups: ChannelGroups, source: Source, *, progress: Progress | None = None
+    groups: ChannelGroups,
+    source: Source,
+    *,
+    calibrated: bool = True,
+    progress: Progress | None = None,
 ) -> LatencyModel:
     """Price every kernel of the network at every width.
 
@@ -36,6 +41,7 @@ def price(
     distances besides, which shows the steps that its width should keep to (`Kernel.steps`).
 
     Args:
+        calibrated: where the table has a calibration of this network, scale the kernels by it.
         progress: called with how many measurements are done and how many there are.
     """
     backend = source.backend
@@ -44,11 +50,25 @@ def price(
     else:
         kernels = _measured(groups, source, progress)
     kernels = [_droppable(kernel, groups) for kernel in kernels]
+    found = None
+    if calibrated and source.table is not None and not isinstance(backend, Analytic):
+        key = network_key(groups, backend.fuses)
+        found = source.table.calibration(key, backend.fingerprint())
+    if found is not None:
+        kernels = _calibrated(kernels, found)
     dense = groups.dense_units
     total = float(sum(float(k.cost(*(a.size(dense) for a in k.axes))) for k in kernels))
     if not kernels or total <= 0:
         raise LatencyError(f"{groups.traced.model_name} has no operator that costs time")
-    return LatencyModel(tuple(kernels), backend.name, backend.fingerprint(), total)
+    return LatencyModel(tuple(kernels), backend.name, backend.fingerprint(), total, found)
+
+
+def network_key(groups: ChannelGroups, fuses: bool) -> str:
+    """What identifies a network in a table: a digest of its kernels."""
+    dense = dict(enumerate(groups.dense_units))
+    parts = kernel_parts(groups, fuses, split=False)
+    texts = [signature(groups, part.nodes, dense) for part in parts]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def measurements(groups: ChannelGroups, fuses: bool) -> list[Job]:
@@ -102,7 +122,7 @@ def refine(
 
 def _can_refine(kernel: Kernel, kept: Sequence[int]) -> bool:
     involved = {g for axis in kernel.axes for g, _ in axis.parts}
-    return bool(involved) and all(kept[g] for g in involved) and hasattr(kernel.cost, "with_point")
+    return bool(involved) and all(kept[g] for g in involved)
 
 
 def _counting(progress: Progress | None) -> Callable[[int, int, str], None] | None:
@@ -159,11 +179,34 @@ class _Droppable:
         return _Droppable(cost.with_point(sizes, ms), self.can_vanish, self.least, self.whole)
 
 
+def _calibrated(kernels: Sequence[Kernel], found: Calibration) -> list[Kernel]:
+    """Kernels whose sum is what the whole network takes."""
+    scaled = [replace(k, cost=_Calibrated(k.cost, found.scale)) for k in kernels]
+    return [*scaled, Kernel("", (), (), lambda: found.offset_ms, "the rest of the network")]
+
+
+class _Calibrated:
+    """A cost, scaled."""
+
+    def __init__(self, cost: Callable[..., Any], scale: float) -> None:
+        self.cost, self.scale = cost, scale
+
+    def __call__(self, *sizes: Any) -> Any:
+        return self.scale * self.cost(*sizes)
+
+    def with_point(self, sizes: Sequence[int], ms: float) -> _Calibrated:
+        """The same cost with one more measurement, as the kernel alone takes."""
+        cost: Any = self.cost
+        return _Calibrated(cost.with_point(sizes, ms), self.scale)
+
+
 def _measured(groups: ChannelGroups, source: Source, progress: Progress | None) -> list[Kernel]:
     table, backend = source.table, source.backend
     assert table is not None
-    grids = [Grid(groups, part) for part in kernel_parts(groups, backend.fuses, split=False)]
-    probed = probes(groups, grids)
+    coarse = bool(getattr(backend, "coarse", False))
+    parts = kernel_parts(groups, backend.fuses, split=False)
+    grids = [Grid(groups, part, coarse=coarse) for part in parts]
+    probed = [] if coarse else probes(groups, grids)
     fingerprint = backend.fingerprint()
     jobs = _jobs(groups, grids, [] if isinstance(backend, Stored) else probed)
     measure_jobs(jobs, backend, table, progress=_counting(progress))

@@ -9,31 +9,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from halp_fx.errors import BudgetError, InfeasibleError, InputError
-from halp_fx.knapsack import (
-    Sum,
-    SumTerm,
-    Term,
-    solve,
-    solve_greedy,
-    solve_halp,
-    solve_several,
-    solve_uniform,
-)
+from halp_fx.errors import BudgetError, InputError
+from halp_fx.knapsack import Term
 from halp_fx.passes.rules.counts import mac_counts, parameter_counts, total
+from halp_fx.passes.rules.memory import memory_moments, peak
 from halp_fx.passes.rules.plan import kept_indices
+from halp_fx.passes.rules.solving import Knapsack, Limit, solve_within, terms_of
 from halp_fx.passes.rules.widths import Widths
 from halp_fx.types import (
     Branch,
     ChannelGroups,
     Extent,
-    FloatArray,
     Group,
     IntArray,
     Kernel,
@@ -55,8 +45,6 @@ __all__ = [
 
 SOLVERS = ("joint", "halp", "greedy", "uniform")
 _MAX_LEVELS = 32
-_LATENCY_GAP = 1e-3  # at which the joint solver stops
-_BOUND_GAP = 0.02  # the same, where only its bound is wanted
 
 
 def widths(
@@ -114,36 +102,6 @@ def unit_steps(groups: ChannelGroups, latency: LatencyModel) -> list[int]:
     return [min(steps, default=1) for steps in found]
 
 
-class _Priced(Protocol):
-    """A `Kernel` or a `Count`: a cost that depends on some sizes."""
-
-    @property
-    def axes(self) -> tuple[Extent, ...]: ...
-    @property
-    def cost(self) -> Callable[..., Any]: ...
-
-
-@dataclass(frozen=True)
-class _Limit:
-    """A limit besides the latency."""
-
-    name: str  # of what is limited, as "params"
-    priced: Sequence[_Priced]
-    most: float
-    dense: float  # what the dense network has
-
-
-@dataclass(frozen=True)
-class Knapsack:
-    """The choice of widths as `halp_fx.knapsack` takes it."""
-
-    values: tuple[FloatArray, ...]  # for each group, the saliency kept at each level
-    terms: tuple[Term, ...]  # latency
-    sizes: tuple[IntArray, ...]  # for each group, the units kept at each level
-    orders: tuple[IntArray, ...]  # for each group, its units, the most salient first
-    outputs: tuple[int, ...]  # for each term, the axis of the kernel's own width; -1: none
-
-
 def knapsack_of(
     groups: ChannelGroups,
     saliency: Saliency,
@@ -186,7 +144,7 @@ def knapsack_of(
     together = _all_or_none(groups.branches, sizes)
     return Knapsack(
         values=values,
-        terms=(*_terms(latency.kernels, sizes), *together),
+        terms=(*terms_of(latency.kernels, sizes), *together),
         sizes=sizes,
         orders=orders,
         outputs=(*outputs, *[-1] * (1 + len(together))),
@@ -212,7 +170,8 @@ def select(
         solver: "joint", which is proven to be near the best; or to compare with, "halp" (the
             paper's own, in 30 steps), "greedy" (the least saliency for each millisecond saved)
             or "uniform" (the same share of every group).
-        limits: further limits, for the joint solver: "params" and "macs", as counts.
+        limits: further limits, for the joint solver: "params" and "macs" as counts, "memory" as
+            bytes of activations at a time.
         also: further latency models and the milliseconds that each may take, likewise.
         drop_blocks: whether residual branches may go whole.
         min_share: each group keeps at least this share of its units, or goes with its branch; in
@@ -240,15 +199,15 @@ def select(
     params, macs = parameter_counts(groups), mac_counts(groups)
     counts = {"params": params, "macs": macs}
     further = [
-        *(_Limit(name, counts[name], limit, total(counts[name], groups.dense_units))
-          for name, limit in limits.items()),
-        *(_Limit(f"ms of {other.backend}", other.kernels, limit, other.dense_ms)
+        *(Limit(name, counts[name], limit, total(counts[name], groups.dense_units))
+          for name, limit in limits.items() if name in counts),
+        *(Limit(f"ms of {other.backend}", other.kernels, limit, other.dense_ms)
           for other, limit in also),
     ]  # fmt: skip
-    if further:
-        levels, value, bound = _within_all(groups, latency, problem, budget_ms, further)
-    else:
-        levels, value, bound = _within_time(groups, latency, problem, budget_ms, solver)
+    moments = memory_moments(groups)
+    levels, value, bound = solve_within(
+        groups, latency, problem, budget_ms, solver, further, moments, limits.get("memory")
+    )
     units = tuple(
         np.sort(order[: size[level]])
         for order, size, level in zip(problem.orders, problem.sizes, levels, strict=True)
@@ -258,6 +217,7 @@ def select(
         "limits": limits,
         "params": {"dense": total(params, dense), "pruned": total(params, kept)},
         "macs": {"dense": total(macs, dense), "pruned": total(macs, kept)},
+        "memory": {"dense": peak(moments, dense)[0], "pruned": peak(moments, kept)[0]},
         "also": [
             {
                 "backend": other.backend,
@@ -301,105 +261,13 @@ def check_solver(solver: str, further: Collection[str] = ()) -> None:
     if solver not in SOLVERS:
         raise InputError(f"solver is {solver!r}: pass one of {', '.join(map(repr, SOLVERS))}")
     for name in further:
-        if name not in ("params", "macs"):
-            raise InputError(f"limits has {name!r}: it takes 'params' and 'macs'")
+        if name not in ("params", "macs", "memory"):
+            raise InputError(f"limits has {name!r}: it takes 'params', 'macs' and 'memory'")
     if further and solver != "joint":
         raise InputError(
             f"the solver {solver!r} takes a limit on latency alone: leave {' and '.join(further)} "
             "out of the budget, or use solver='joint'"
         )
-
-
-def _within_time(
-    groups: ChannelGroups, latency: LatencyModel, problem: Knapsack, budget_ms: float, solver: str
-) -> tuple[tuple[int, ...], float, float]:
-    """Levels, their value and a proven bound, for a limit on latency alone."""
-    values, terms = problem.values, problem.terms
-    try:
-        if solver == "joint":
-            solution = solve(values, terms, budget_ms, gap=_LATENCY_GAP)
-            return solution.levels, solution.value, solution.bound
-        bound = solve(values, terms, budget_ms, gap=_BOUND_GAP).bound
-    except InfeasibleError as error:
-        raise _unreachable(groups, latency, budget_ms, error.least) from error
-    if solver == "halp":
-        solution = solve_halp(values, terms, budget_ms, outputs=problem.outputs)
-    elif solver == "greedy":
-        solution = solve_greedy(values, terms, budget_ms)
-    else:
-        solution = solve_uniform(values, terms, budget_ms, sizes=problem.sizes)
-    return solution.levels, solution.value, bound
-
-
-def _within_all(
-    groups: ChannelGroups,
-    latency: LatencyModel,
-    problem: Knapsack,
-    budget_ms: float,
-    further: Sequence[_Limit],
-) -> tuple[tuple[int, ...], float, float]:
-    """The same for limits on parameters, multiply-adds or another device's latency besides."""
-    priced = [(limit, _terms(limit.priced, problem.sizes)) for limit in further]
-    constraints = [
-        (problem.terms, budget_ms),
-        *((terms, limit.most) for limit, terms in priced),
-    ]
-    try:
-        solution = solve_several(problem.values, constraints, gap=_LATENCY_GAP)
-    except InfeasibleError as error:
-        model = groups.traced.model_name
-        for limit, terms in priced:
-            try:
-                solve(problem.values, terms, limit.most, gap=_BOUND_GAP)
-            except InfeasibleError as alone:
-                raise InfeasibleError(
-                    f"the limit of {limit.most:.6g} {limit.name} can't be met: the fewest that "
-                    f"{model} can be pruned to are {alone.least:.6g} of {limit.dense}",
-                    alone.least,
-                ) from error
-        try:
-            solve(problem.values, problem.terms, budget_ms, gap=_BOUND_GAP)
-        except InfeasibleError as alone:
-            raise _unreachable(groups, latency, budget_ms, alone.least) from error
-        raise InfeasibleError(
-            f"{model} can be pruned to {budget_ms:.4g} ms and to each of "
-            f"{', '.join(f'{limit.most:.6g} {limit.name}' for limit in further)}, but no choice "
-            "within all of them was found: raise one",
-            error.least,
-        ) from error
-    return solution.levels, solution.value, solution.bound
-
-
-def _unreachable(
-    groups: ChannelGroups, latency: LatencyModel, budget_ms: float, least: float
-) -> InfeasibleError:
-    return InfeasibleError(
-        f"the budget of {budget_ms:.4g} ms can't be met: the least latency that "
-        f"{groups.traced.model_name} can be pruned to is {least:.4g} ms "
-        f"({least / latency.dense_ms:.1%} of the dense {latency.dense_ms:.4g} ms) while each "
-        "group keeps its least share (min_share, min_width)",
-        least,
-    )
-
-
-def _terms(priced: Iterable[_Priced], sizes: Sequence[IntArray]) -> list[Term]:
-    """One term for each cost that can change, and last one for all that can't."""
-    fixed = 0.0
-    terms: list[Term] = []
-    for item in priced:
-        if not item.axes:
-            fixed += float(item.cost())
-            continue
-        axes = tuple(
-            Sum(
-                tuple(g for g, _ in axis.parts),
-                tuple(c * sizes[g] for g, c in axis.parts),
-                axis.fixed,
-            )
-            for axis in item.axes
-        )
-        terms.append(SumTerm(axes, item.cost))
-    return [*terms, ((), fixed)]
 
 
 def _all_or_none(branches: Iterable[Branch], sizes: Sequence[IntArray]) -> list[Term]:

@@ -187,8 +187,8 @@ def test_wrong_options(stages: Stages) -> None:
         InputError, match="solver is 'best': pass one of 'joint', 'halp', 'greedy', 'uniform'"
     ):
         select(*stages, latency.dense_ms, solver="best")
-    with pytest.raises(InputError, match="limits has 'memory': it takes 'params' and 'macs'"):
-        select(*stages, latency.dense_ms, limits={"memory": 1.0})
+    with pytest.raises(InputError, match="limits has 'flops': it takes 'params', 'macs' and"):
+        select(*stages, latency.dense_ms, limits={"flops": 1.0})
     with pytest.raises(BudgetError, match="the limit on params is 0: pass a count above 0"):
         select(*stages, latency.dense_ms, limits={"params": 0})
     with pytest.raises(InputError, match="'halp' takes a limit on latency alone: leave params and"):

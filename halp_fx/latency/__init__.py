@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .analytic import Analytic
 from .backend import Backend, BlockTimer, Job, Timing
+from .calibration import Calibration, fit_calibration
 from .interpolate import GridCost
 from .onnxruntime_backend import OnnxRuntime
 from .source import Source, Stored, resolve_backend
@@ -11,11 +12,13 @@ from .steps import Step, SteppedCost, find_step, probe_sizes
 from .table import Entry, LatencyTable, default_table_path
 from .timing import measure_jobs, measure_network, measure_paired
 from .torch_backend import Torch
+from .torch_compile import TorchCompile
 
 __all__ = [
     "Analytic",
     "Backend",
     "BlockTimer",
+    "Calibration",
     "Entry",
     "GridCost",
     "Job",
@@ -27,8 +30,10 @@ __all__ = [
     "Stored",
     "Timing",
     "Torch",
+    "TorchCompile",
     "default_table_path",
     "find_step",
+    "fit_calibration",
     "measure_jobs",
     "measure_network",
     "measure_paired",

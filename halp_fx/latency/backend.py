@@ -64,7 +64,7 @@ class Backend(Protocol):
 
     A back-end on which calls return before the work is done also needs `block_ms`
     (`BlockTimer`). `min_sample_ms` and `samples`, where present, replace the defaults of
-    `measure_jobs`.
+    `measure_jobs`; with `coarse = True` few widths are measured, for measurements that are dear.
     """
 
     @property

@@ -18,11 +18,12 @@ from .device import differences, fingerprint_fields, summary
 from .onnxruntime_backend import OnnxRuntime
 from .table import LatencyTable, default_table_path
 from .torch_backend import Torch
+from .torch_compile import TorchCompile
 
 __all__ = ["Source", "Stored", "resolve_backend"]
 
 _ACCEPTED = (
-    'Accepted are None, "torch", "onnxruntime", "analytic", a back-end such as '
+    'Accepted are None, "torch", "torch.compile", "onnxruntime", "analytic", a back-end such as '
     "halp_fx.latency.OnnxRuntime(threads=1), the path of an existing latency table, a "
     "halp_fx.LatencyTable, or a halp_fx.latency.Source."
 )
@@ -54,7 +55,7 @@ class Stored:
     def fuses(self) -> bool:
         """Whether that back-end runs a convolution and what follows it as one."""
         fields = fingerprint_fields(self.text)
-        known = {"torch": Torch.fuses, "onnxruntime": OnnxRuntime.fuses, "analytic": Analytic.fuses}
+        known = {made.name: made.fuses for made in (Torch, TorchCompile, OnnxRuntime, Analytic)}
         return known.get(self.name, bool(fields.get("fuses", False)))
 
     def fingerprint(self) -> str:
@@ -78,14 +79,14 @@ def resolve_backend(latency: Any = None, *, device: str | torch.device = "cpu") 
     """The back-end and the table that `latency` stands for.
 
     Args:
-        latency: None or "torch": eager PyTorch on `device`. "onnxruntime", "analytic": those
-            with their defaults. A back-end: itself. All that measure keep their timings in the
-            table at `default_table_path()`. A path to a table, or a `LatencyTable`: the back-end
-            is rebuilt from the fingerprint stored in it. Where that is another device or another
-            setting than can be had here, the table is used for look-up only, which is meant for
-            tables carried over from the device that is aimed at: what it lacks can't be measured
-            and raises `DeviceMismatchError`. An empty table is filled by PyTorch on `device`. A
-            `Source`: itself.
+        latency: None or "torch": eager PyTorch on `device`. "torch.compile": compiled PyTorch
+            there. "onnxruntime", "analytic": those with their defaults. A back-end: itself. All
+            that measure keep their timings in the table at `default_table_path()`. A path to a
+            table, or a `LatencyTable`: the back-end is rebuilt from the fingerprint stored in it.
+            Where that is another device or another setting than can be had here, the table is
+            used for look-up only, which is meant for tables carried over from the device that is
+            aimed at: what it lacks can't be measured and raises `DeviceMismatchError`. An empty
+            table is filled by PyTorch on `device`. A `Source`: itself.
         device: the torch device to measure where `latency` names none.
 
     Raises:
@@ -110,6 +111,8 @@ def resolve_backend(latency: Any = None, *, device: str | torch.device = "cpu") 
 def _from_text(text: Any, device: str | torch.device, may_be_name: bool) -> Source:
     if may_be_name and text == "torch":
         return _with_default_table(Torch(str(device)))
+    if may_be_name and text == "torch.compile":
+        return _with_default_table(TorchCompile(str(device)))
     if may_be_name and text == "onnxruntime":
         return _with_default_table(OnnxRuntime())
     if may_be_name and text == "analytic":
@@ -157,12 +160,19 @@ def _rebuild(text: str) -> Backend:
 
 def _construct(fields: dict[str, Any]) -> Backend | None:
     kind = fields.get("backend")
-    if kind == "torch":
+    if kind in ("torch", "torch.compile"):
         name = fields.get("dtype")
         dtype = None if name is None else getattr(torch, str(name), None)
         if name is not None and not isinstance(dtype, torch.dtype):
             raise InputError(f"dtype {name!r} is not known to this torch")
-        return Torch(str(fields["device"]), fields.get("threads"), dtype)
+        made = TorchCompile if kind == "torch.compile" else Torch
+        return made(
+            str(fields["device"]),
+            fields.get("threads"),
+            dtype,
+            channels_last=fields.get("layout") == "channels_last",
+            cuda_graphs=bool(fields.get("cuda_graphs", False)),
+        )
     if kind == "onnxruntime":
         return OnnxRuntime(fields["threads"], fields["provider"])
     if kind == "analytic":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sqlite3
 import threading
@@ -17,14 +18,27 @@ import platformdirs
 
 from ..errors import DeviceMismatchError, LatencyError
 from .backend import Timing
+from .calibration import Calibration
 from .device import differences, summary
 
 __all__ = ["SCHEMA_VERSION", "Entry", "LatencyTable", "default_table_path"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _FORMAT = "halp_fx latency table"
 _BUSY_TIMEOUT_S = 30.0
 
+_CALIBRATIONS = """CREATE TABLE calibrations (
+        fingerprint INTEGER NOT NULL REFERENCES fingerprints (id),
+        network TEXT NOT NULL,
+        offset_ms REAL NOT NULL,
+        scale REAL NOT NULL,
+        networks INTEGER NOT NULL,
+        held_out INTEGER NOT NULL,
+        median_error REAL NOT NULL,
+        worst_error REAL NOT NULL,
+        rank_correlation REAL NOT NULL,
+        PRIMARY KEY (fingerprint, network)
+    ) WITHOUT ROWID"""
 # One statement each: sqlite3's executescript would commit the transaction they run in.
 _SCHEMA = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
@@ -37,6 +51,7 @@ _SCHEMA = (
         samples INTEGER NOT NULL,
         PRIMARY KEY (fingerprint, key)
     ) WITHOUT ROWID""",
+    _CALIBRATIONS,
 )
 
 
@@ -142,6 +157,40 @@ class LatencyTable:
                 "INSERT OR REPLACE INTO timings "
                 "SELECT id, ?, ?, ?, ? FROM fingerprints WHERE text = ?",
                 rows,
+            )
+
+    def calibration(self, network: str, fingerprint: str) -> Calibration | None:
+        """How sums of a network's kernels relate to the whole of it, or None where not measured.
+
+        Args:
+            network: what identifies the network.
+            fingerprint: the device and settings.
+
+        Raises:
+            LatencyError: the file is damaged or locked.
+        """
+        rows = self._rows(
+            "SELECT offset_ms, scale, networks, held_out, median_error, worst_error, "
+            "rank_correlation FROM calibrations WHERE network = ? AND fingerprint = "
+            "(SELECT id FROM fingerprints WHERE text = ?)",
+            (network, fingerprint),
+        )
+        return Calibration(*rows[0]) if rows else None
+
+    def put_calibration(self, network: str, fingerprint: str, found: Calibration) -> None:
+        """Write a calibration, in place of an older one of the same network and device.
+
+        Raises:
+            LatencyError: the file is damaged, locked or read-only.
+        """
+        with self._lock, _explained(self._path), _transaction(self._connection) as connection:
+            connection.execute(
+                "INSERT OR IGNORE INTO fingerprints (text) VALUES (?)", (fingerprint,)
+            )
+            connection.execute(
+                "INSERT OR REPLACE INTO calibrations "
+                "SELECT id, ?, ?, ?, ?, ?, ?, ?, ? FROM fingerprints WHERE text = ?",
+                (network, *dataclasses.astuple(found), fingerprint),
             )
 
     def fingerprints(self) -> tuple[str, ...]:
@@ -285,9 +334,21 @@ def _ensure_schema(connection: sqlite3.Connection, path: str) -> None:
             f"the latency table {path} has schema version {version}, and this halp_fx reads up to "
             f"{SCHEMA_VERSION}: update halp_fx, or measure into a new table"
         )
+    if int(version) < SCHEMA_VERSION:
+        _upgrade(connection)
     problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if problem != "ok":
         raise _damaged(path, problem)
+
+
+def _upgrade(connection: sqlite3.Connection) -> None:
+    """Version 1 had no calibrations."""
+    with _transaction(connection):
+        if "calibrations" not in _names(connection):  # another process may have been faster
+            connection.execute(_CALIBRATIONS)
+            connection.execute(
+                "UPDATE meta SET value = ? WHERE name = 'schema_version'", (str(SCHEMA_VERSION),)
+            )
 
 
 def _damaged(path: str, problem: object) -> LatencyError:

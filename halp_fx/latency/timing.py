@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 _BATCH = 12  # kernels alive at a time
 _MAX_DRIFT = 0.25  # of the sentinel from its running median
 _MAX_REDOS = 2
+_UNCERTAINTY = 0.02  # of a median, at which a kernel has been sampled enough
+_MAX_EXTENSIONS = 2  # times that the samples of an uncertain kernel are taken again
 _SENTINEL_MEMORY = 15  # times that its running median is taken over
 _WARM_UP_CALLS = 3
 _WARM_UP_MS = 200.0  # a call longer than this warms up by itself
@@ -188,6 +190,7 @@ def _measure_batch(
     least_drift = math.inf
     for _ in range(1 + _MAX_REDOS):
         sampled = _round_robin(backend, [*probes, sentinel.probe], _samples(backend, None), order)
+        _settle(sampled, [*probes, sentinel.probe], backend, order)
         ms = statistics.median(sampled.pop())
         drift = sentinel.drift(ms)
         sentinel.record(ms)
@@ -202,6 +205,28 @@ def _measure_batch(
             100 * least_drift,
         )
     return [_timing(blocks) for blocks in best]
+
+
+def _settle(
+    sampled: list[list[float]], probes: Sequence[_Probe], backend: Backend, order: random.Random
+) -> None:
+    """Take more samples of the kernels whose median is still uncertain."""
+    for _ in range(_MAX_EXTENSIONS):
+        unsure = [k for k, blocks in enumerate(sampled) if _uncertainty(blocks) > _UNCERTAINTY]
+        if not unsure:
+            return
+        more = _round_robin(backend, [probes[k] for k in unsure], _samples(backend, None), order)
+        for k, blocks in zip(unsure, more, strict=True):
+            sampled[k].extend(blocks)
+
+
+def _uncertainty(blocks: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of a median, relative to it.
+
+    1.57 IQR / sqrt(n): McGill, Tukey and Larsen, Variations of Box Plots, 1978.
+    """
+    lower, median, upper = np.percentile(blocks, [25, 50, 75])
+    return float(1.57 * (upper - lower) / math.sqrt(len(blocks)) / max(median, 1e-12))
 
 
 def _job_probe(job: Job, backend: Backend) -> _Probe:

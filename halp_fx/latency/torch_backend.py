@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, LatencyError
 from .backend import map_tensors, require_count, require_positive, settle, wall_ms
 from .device import cpu_facts, cuda_facts, fingerprint_text
 
@@ -32,6 +33,10 @@ class Torch:
     device: str = "cpu"
     threads: int | None = None  # CPU threads within an operator; None: torch's setting now
     dtype: torch.dtype | None = None  # run in this type; None: leave modules and inputs as they are
+    channels_last: bool = False  # images and convolution weights with channels last in memory
+    # Replay a CUDA graph in place of launching each operator: how a network is run whose operators
+    # are shorter than their launches.
+    cuda_graphs: bool = False
     min_sample_ms: float = 1.0  # a sample is a block of calls of at least this long
     samples: int = 9  # samples a kernel
 
@@ -51,6 +56,8 @@ class Torch:
         require_count("threads", self.threads)
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise InputError(f"dtype is {self.dtype}: pass a floating point type, or None")
+        if self.cuda_graphs and device.type != "cuda":
+            raise InputError(f"cuda_graphs is for a CUDA device, and device is {self.device!r}")
         require_count("samples", self.samples)
         require_positive("min_sample_ms", self.min_sample_ms)
 
@@ -74,6 +81,7 @@ class Torch:
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
             "torch": torch.__version__,
             "float32_matmul": torch.get_float32_matmul_precision(),
+            "layout": "channels_last" if self.channels_last else "contiguous",
             **cpu_facts(),
         }
         if kind == "cpu":
@@ -82,6 +90,7 @@ class Torch:
             fields.update(cuda_facts(torch.device(self.device)))
             fields["cudnn_benchmark"] = torch.backends.cudnn.benchmark
             fields["convolution_float32"] = _convolution_precision()
+            fields["cuda_graphs"] = self.cuda_graphs
         return fingerprint_text(fields)
 
     def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
@@ -98,18 +107,31 @@ class Torch:
         if torch.device(self.device).type == "cuda":
             cuda_facts(torch.device(self.device))
         device = self._device
-        ready = settle(module, device, self.dtype)
+        ready = self._ready(module, device)
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
             dtype = self.dtype if tensor.is_floating_point() else None
-            return tensor.detach().to(device=device, dtype=dtype)
+            moved = tensor.detach().to(device=device, dtype=dtype)
+            return moved.to(memory_format=self._layout) if moved.ndim == 4 else moved
 
         arguments = map_tensors(inputs, place)
 
         def run() -> None:
             ready(*arguments)
 
-        return run
+        return _replay(run, device) if self.cuda_graphs else run
+
+    @property
+    def _layout(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def _ready(self, module: nn.Module, device: torch.device) -> Callable[..., Any]:
+        """The module on its device, in its type and layout; itself if it is so, else a copy."""
+        ready = settle(module, device, self.dtype)
+        if self.channels_last:
+            copied: Any = copy.deepcopy(ready) if ready is module else ready
+            ready = copied.to(memory_format=torch.channels_last)
+        return ready
 
     def block_ms(self, run: Callable[[], None], calls: int) -> float:
         """Milliseconds that `calls` calls of `run` take together, the device's work included."""
@@ -121,6 +143,30 @@ class Torch:
             if device.type == "cuda":
                 return _cuda_ms(run, calls, device)
             return _accelerator_ms(run, calls, device)
+
+
+def _replay(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """The same work, recorded once as a CUDA graph.
+
+    Raises:
+        LatencyError: the work can't be recorded (it copies to the host, or waits for it).
+    """
+    side = torch.cuda.Stream(device)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.device(device), torch.inference_mode():
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):  # libraries set themselves up at the first calls
+                for _ in range(3):
+                    run()
+            torch.cuda.current_stream(device).wait_stream(side)
+            with torch.cuda.graph(graph):
+                run()
+    except RuntimeError as e:
+        raise LatencyError(
+            f"the work can't be recorded as a CUDA graph ({e}): measure with cuda_graphs=False"
+        ) from e
+    return graph.replay
 
 
 def _convolution_precision() -> str | None:

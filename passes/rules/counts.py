@@ -12,7 +12,7 @@ import numpy as np
 from halp_fx.passes.rules.kernels import Part, axes_of, roofline
 from halp_fx.types import ChannelGroups, Extent, TensorSpec, Work
 
-__all__ = ["Count", "mac_counts", "parameter_counts", "total"]
+__all__ = ["Count", "count_of", "mac_counts", "parameter_counts", "reading", "total"]
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ def parameter_counts(groups: ChannelGroups) -> list[Count]:
         if spec is None:
             unread += tensor.numel()
             continue
-        parts = frozenset(a.parts for a in axes_of(_reading([spec]))[0])
+        parts = frozenset(a.parts for a in axes_of(reading([spec]))[0])
         alike.setdefault((parts, spec.dtype, branch_of.get(name)), []).append(spec)
     found = [Count((), _Constant(unread))] if unread else []
     for (_, dtype, branch), specs in alike.items():
-        count = _count(_reading(specs), _Numbers(dtype.itemsize))
+        count = count_of(reading(specs), _Numbers(dtype.itemsize))
         found.append(count if branch is None else _dropped(count, groups, branch))
     return found
 
@@ -66,7 +66,8 @@ def mac_counts(groups: ChannelGroups) -> list[Count]:
             part = Part((item.node,), (item,), (), ())
             alike.setdefault(frozenset(a.parts for a in axes_of(part)[0]), []).append(item)
     return [
-        _count(Part((), tuple(same), (), ()), lambda flops, _: flops / 2) for same in alike.values()
+        count_of(Part((), tuple(same), (), ()), lambda flops, _: flops / 2)
+        for same in alike.values()
     ]
 
 
@@ -108,10 +109,12 @@ class _Numbers:
         return moved / self.itemsize
 
 
-def _reading(specs: list[TensorSpec]) -> Part:
+def reading(specs: Iterable[TensorSpec]) -> Part:
+    """A kernel that does nothing but read these tensors."""
     return Part((), (), tuple(specs), ())
 
 
-def _count(part: Part, measure: Callable[[Any, Any], Any]) -> Count:
+def count_of(part: Part, measure: Callable[[Any, Any], Any]) -> Count:
+    """What `measure` makes of a kernel's operations and bytes, at every width."""
     axes, cost = roofline(part, measure, lambda n: n)
     return Count(axes, cost)

@@ -19,6 +19,7 @@ __all__ = ["Grid", "Kept", "Probe", "probes", "steps_of"]
 Kept = dict[int, int]  # group -> units kept
 
 _POINTS = {1: 6, 2: 4}  # measured sizes an axis, by the number of axes
+_COARSE_POINTS = {1: 3, 2: 2}  # the same, where a measurement is dear
 _ANCHORS = (1.0, 0.5, 0.25)  # shares at which a kernel with more axes is measured
 _REFERENCE = Analytic()  # shape of the costs of kernels with too many axes to measure
 _WORTH_PROBING = 0.02  # share of the network's cost that a kind of kernel has at least
@@ -27,8 +28,9 @@ _WORTH_PROBING = 0.02  # share of the network's cost that a kind of kernel has a
 class Grid:
     """Where one kernel is measured: a coarse grid on full blocks of channels."""
 
-    def __init__(self, groups: ChannelGroups, part: Part) -> None:
+    def __init__(self, groups: ChannelGroups, part: Part, *, coarse: bool = False) -> None:
         self.groups, self.part = groups, part
+        points = _COARSE_POINTS if coarse else _POINTS
         self.axes, self.formula = roofline(part, _REFERENCE.cost_ms, lambda n: n)
         involved = [g for axis in self.axes for g, _ in axis.parts]
         independent = len(involved) == len(set(involved))
@@ -36,7 +38,7 @@ class Grid:
         self.choices: list[dict[int, Kept]] = []  # for each axis: size -> units kept
         if self.gridded:
             for axis in self.axes:
-                along = _along(groups, axis, _POINTS[len(self.axes)])
+                along = _along(groups, axis, points[len(self.axes)])
                 self.choices.append({int(axis.size(kept)): kept for kept in along})
 
     @property

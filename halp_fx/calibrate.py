@@ -1,0 +1,102 @@
+"""Calibration: networks of random widths, measured whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from halp_fx.errors import LatencyError
+from halp_fx.latency import (
+    Calibration,
+    Source,
+    Stored,
+    fit_calibration,
+    measure_network,
+    measure_paired,
+)
+from halp_fx.passes.latency import network_key, price
+from halp_fx.passes.rewrite import rewrite
+from halp_fx.passes.rules.plan import kept_indices
+from halp_fx.passes.select import unit_steps, widths
+from halp_fx.types import ChannelGroups, IntArray, LatencyModel, Plan
+
+__all__ = ["calibrate", "random_plan"]
+
+_LEAST_SHARE = 0.1
+_ROUNDS = 7  # samples of each network, in turn with the dense one
+
+
+def calibrate(
+    groups: ChannelGroups,
+    source: Source,
+    *,
+    networks: int = 8,
+    held_out: int = 4,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Fit `whole = offset + scale * sum of kernels` on networks of random widths, and keep it.
+
+    Each network is measured in turn with the dense one, so that a machine that is slower for a
+    while slows both. The result goes into the source's table, where `halp_fx.compile` finds it.
+
+    Args:
+        groups: of the network.
+        source: a back-end that measures on this device, and its table.
+        networks: random networks to fit on; the dense one is fitted besides.
+        held_out: random networks to check the fit on.
+        seed: of the widths.
+        progress: called with how many networks are measured and how many there are.
+
+    Raises:
+        LatencyError: the source computes its costs, or its device is not this one, or a network
+            can't be measured.
+    """
+    backend, table = source.backend, source.table
+    if table is None or not backend.measured or isinstance(backend, Stored):
+        raise LatencyError(
+            f"the back-end {backend.name!r} doesn't measure here, so there is nothing to "
+            "calibrate: pass one that measures this device"
+        )
+    costs = price(groups, source, calibrated=False)
+    dense, inputs = groups.traced.module, groups.traced.example_inputs
+    usual_ms = measure_network(dense, inputs, backend, samples=_ROUNDS).median_ms
+    sums, times = [costs.dense_ms], [usual_ms]
+    generator = np.random.default_rng(seed)
+    total = networks + held_out
+    for done in range(1, total + 1):
+        plan = random_plan(groups, costs, generator)
+        pruned = rewrite(plan).eval()
+        before, after = measure_paired(dense, pruned, backend, inputs, inputs, rounds=_ROUNDS)
+        sums.append(plan.predicted_ms)
+        times.append(after.median_ms * usual_ms / before.median_ms)
+        if progress is not None:
+            progress(done, total)
+    found = fit_calibration(sums, times, held_out=held_out)
+    table.put_calibration(network_key(groups, backend.fuses), backend.fingerprint(), found)
+    return found
+
+
+def random_plan(groups: ChannelGroups, costs: LatencyModel, generator: np.random.Generator) -> Plan:
+    """A plan of random widths among those that the solver may choose, wide or narrow."""
+    overall = generator.uniform(0.25, 1.0)
+    units: list[IntArray] = []
+    for group, step in zip(groups.groups, unit_steps(groups, costs), strict=True):
+        allowed = widths(group, min_share=_LEAST_SHARE, step=step)
+        wanted = group.units * min(1.0, overall * generator.uniform(0.6, 1.4))
+        nearest = int(allowed[np.argmin(np.abs(allowed - wanted))])
+        units.append(np.arange(nearest, dtype=np.int64))
+    predicted = costs.total_ms([len(kept) for kept in units])
+    return Plan(
+        kept=kept_indices(groups, units),
+        units=tuple(units),
+        dense_ms=costs.dense_ms,
+        predicted_ms=predicted,
+        budget_ms=predicted,
+        gap=0.0,
+        value=0.0,
+        dense_value=0.0,
+        solver="random",
+        groups=groups,
+    )

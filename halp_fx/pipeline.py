@@ -1,0 +1,334 @@
+"""The pipeline: a network made ready for any budget, and pruned to one."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from halp_fx.budget import Budget, parse_budget
+from halp_fx.candidates import best_of
+from halp_fx.errors import HalpError, InputError, NothingToPruneError
+from halp_fx.latency import Source, Stored, measure_paired, resolve_backend
+from halp_fx.passes.groups import find_groups
+from halp_fx.passes.latency import price, refine
+from halp_fx.passes.rewrite import rewrite
+from halp_fx.passes.rules.counts import mac_counts, parameter_counts, total
+from halp_fx.passes.rules.memory import memory_moments, peak
+from halp_fx.passes.rules.scope import Scope, Selection, scope_of
+from halp_fx.passes.rules.widths import Widths
+from halp_fx.passes.saliency import score
+from halp_fx.passes.select import select
+from halp_fx.passes.trace import trace
+from halp_fx.types import ChannelGroups, LatencyModel, Plan, Saliency
+
+__all__ = ["MIN_SHARE", "Prepared", "Progress", "prepare"]
+
+Progress = Callable[[str, int, int], None]
+Choose = Callable[[ChannelGroups, Saliency, LatencyModel, float], Plan]
+
+MIN_SHARE = 0.1
+_REFINEMENTS = 3  # how often the chosen widths are measured and chosen again
+_ROUNDS = 4  # how often a network that misses its budget is selected again
+_TOLERANCE = 0.02  # by how much a measured latency may pass the budget: repeatability of timers
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network that is traced, grouped, scored and priced: ready for any budget."""
+
+    model: nn.Module  # the caller's
+    groups: ChannelGroups
+    scores: Saliency
+    costs: LatencyModel
+    source: Source
+    also: Sequence[tuple[LatencyModel, float]]  # further latencies, each with its most
+    options: Mapping[str, Any]  # further arguments of `select`
+    data: Iterable[Any] | None
+    loss: Callable[[Any, Any], torch.Tensor] | None
+    candidates: int
+    verify: bool
+    tell: Progress
+
+    def prune(self, limit: Budget) -> fx.GraphModule:
+        """The network within a budget; see `halp_fx.compile`.
+
+        Raises:
+            InfeasibleError: the budget can't be met.
+            HalpError: any other error of ours.
+        """
+        with _guarded(self.model, self.tell) as stage:
+            stage("select")
+            costs, source, scores = self.costs, self.source, self.scores
+            limits = _limits(limit, self.groups)
+
+            def choose(
+                groups: ChannelGroups, scores: Saliency, costs: LatencyModel, budget_ms: float
+            ) -> Plan:
+                return select(
+                    groups, scores, costs, budget_ms,
+                    limits=limits, also=self.also, **self.options,
+                )  # fmt: skip
+
+            plan = choose(self.groups, scores, costs, limit.in_ms(costs.dense_ms))
+            if _can_measure(source):
+                stage("refine")
+                costs, plan = _refined(plan, scores, costs, source, self.tell, choose)
+            if self.candidates > 1 and self.data is not None and self.loss is not None:
+                stage("candidates")
+                plan = best_of(
+                    self.candidates, plan, scores, costs, choose, self.data, self.loss,
+                    partial(self.tell, "candidates"),
+                )  # fmt: skip
+            stage("rewrite")
+            pruned = rewrite(_annotated(plan, scores, costs))
+            if self.verify and _can_measure(source):
+                stage("verify")
+                pruned = _verified(pruned, limit, scores, costs, source, self.tell, choose)
+        plan = pruned.meta["halp_fx"]  # the network should not keep the dense one alive
+        pruned.meta["halp_fx"] = replace(plan, groups=plan.groups.without_network())
+        return pruned
+
+
+def prepare(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    data: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    latency: Any = None,
+    saliency: Callable[[ChannelGroups], Any] | str | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    exact: bool = False,
+    solver: str = "joint",
+    drop_blocks: bool = True,
+    min_share: float | Mapping[str, float] = MIN_SHARE,
+    min_width: int | Mapping[str, int] = 0,
+    round_to: int | Mapping[str, int] | None = None,
+    candidates: int = 1,
+    also: Sequence[tuple[Any, float | str | Budget]] = (),
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> Prepared:
+    """All that does not depend on the budget; the arguments are those of `halp_fx.compile`.
+
+    Raises:
+        HalpError: as `halp_fx.compile`.
+    """
+    if isinstance(min_share, Mapping):
+        min_share = {"*": MIN_SHARE, **min_share}
+    allowed = Widths(min_share=min_share, min_width=min_width, round_to=round_to)
+    if data is not None and loss is None:
+        raise InputError("data was given without loss: pass loss=callable(output, target)")
+    whole = isinstance(candidates, int) and not isinstance(candidates, bool)
+    if not whole or candidates < 1 or (candidates > 1 and data is None):
+        raise InputError(
+            f"candidates={candidates!r}: pass a whole number of at least 1; above 1 it needs data "
+            "and loss to try the plans on"
+        )
+    tell = progress if progress is not None else _silent
+    with _guarded(model, tell) as stage:
+        stage("trace")
+        traced = trace(model, example_inputs)
+        source = resolve_backend(latency, device=_device_of(model))
+        if isinstance(source.backend, Stored):
+            warnings.warn(
+                "the latency table was made on another device: times are looked up in it, and the "
+                "result is not measured here",
+                stacklevel=3,
+            )
+        others = [
+            (resolve_backend(where, device=_device_of(model)), parse_budget(most))
+            for where, most in also
+        ]
+        stage("groups")
+        scope = scope_of(traced.root, include, exclude)
+        groups = _in_scope(find_groups(traced, exact=exact, scope=scope), scope)
+        if not groups.groups:
+            raise NothingToPruneError(_why_nothing(groups))
+        stage("saliency")
+        scores = score(groups, data, loss, saliency, partial(tell, "saliency"))
+        stage("latency")
+        costs = price(groups, source, progress=partial(tell, "latency"))
+        further = [(price(groups, elsewhere), most) for elsewhere, most in others]
+    return Prepared(
+        model=model,
+        groups=groups,
+        scores=scores,
+        costs=costs,
+        source=source,
+        also=[(other, most.in_ms(other.dense_ms)) for other, most in further],
+        options={"solver": solver, "drop_blocks": drop_blocks, "allowed": allowed},
+        data=data,
+        loss=loss,
+        candidates=candidates,
+        verify=verify,
+        tell=tell,
+    )
+
+
+@contextmanager
+def _guarded(model: nn.Module, tell: Progress) -> Iterator[Callable[[str], None]]:
+    """Stages that can be told, with gradients, that leave the random state as it was."""
+    # Saliency needs gradients.
+    with torch.inference_mode(False), _same_random_state(), _named_stage(model, tell) as stage:
+        yield stage
+
+
+def _refined(
+    plan: Plan,
+    scores: Saliency,
+    costs: LatencyModel,
+    source: Source,
+    tell: Progress,
+    choose: Choose,
+) -> tuple[LatencyModel, Plan]:
+    """Measure the kernels at the widths that were chosen, and choose again by what they take."""
+    for done in range(1, _REFINEMENTS + 1):
+        kept = [len(units) for units in plan.units]
+        costs = refine(plan.groups, source, costs, kept)
+        plan = choose(plan.groups, scores, costs, plan.budget_ms)
+        tell("refine", done, _REFINEMENTS)
+        if kept == [len(units) for units in plan.units]:
+            break
+    return costs, plan
+
+
+def _can_measure(source: Source) -> bool:
+    return source.backend.measured and not isinstance(source.backend, Stored)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    return None
+
+
+def _device_of(model: Any) -> str | torch.device:
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    return next((p.device for p in parameters), torch.device("cpu"))
+
+
+@contextmanager
+def _same_random_state() -> Iterator[None]:
+    """Give the global random generators back as they were, also after an error."""
+    python, numpy = random.getstate(), np.random.get_state()
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def _named_stage(model: Any, tell: Progress) -> Iterator[Callable[[str], None]]:
+    """Errors say in which stage, and for which model, they arose."""
+    current = ""
+
+    def enter(stage: str) -> None:
+        nonlocal current
+        if current:
+            tell(current, 1, 1)
+        current = stage
+        tell(stage, 0, 1)
+
+    try:
+        yield enter
+        tell(current, 1, 1)
+    except Exception as error:
+        error.add_note(f"halp_fx: in the stage {current!r} for {type(model).__name__}")
+        raise
+
+
+def _why_nothing(groups: ChannelGroups) -> str:
+    lines = [
+        f"  {pin.name} dim {pin.dim}: {len(pin.index)} channels pinned"
+        f"{' by ' + pin.node if pin.node else ''} ({pin.reason})"
+        f"{' at ' + pin.source if pin.source else ''}"
+        for pin in groups.pins
+    ]
+    shown = lines[:20] + ([f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else [])
+    name = groups.traced.model_name
+    return "\n".join([f"{name} has no channel that can be removed:", *shown])
+
+
+def _in_scope(groups: ChannelGroups, scope: Scope | None) -> ChannelGroups:
+    """A branch with channels that the caller wants whole is not dropped."""
+    if scope is None:
+        return groups
+    return replace(groups, branches=tuple(b for b in groups.branches if not scope.holds(b.tensors)))
+
+
+def _limits(limit: Budget, groups: ChannelGroups) -> dict[str, float]:
+    """What is limited besides the latency, as counts."""
+    if not limit.further:
+        return {}
+    dense = groups.dense_units
+    params, macs = total(parameter_counts(groups), dense), total(mac_counts(groups), dense)
+    return limit.counts(params, macs, peak(memory_moments(groups), dense)[0])
+
+
+def _annotated(plan: Plan, scores: Saliency, costs: LatencyModel, **facts: Any) -> Plan:
+    report = {
+        **plan.report,
+        "model": plan.groups.traced.model_name,
+        "saliency": scores.method,
+        "data_free": scores.data_free,
+        "backend": costs.backend,
+        "device": costs.device,
+        **facts,
+    }
+    return replace(plan, report=report)
+
+
+def _verified(
+    pruned: fx.GraphModule,
+    limit: Budget,
+    scores: Saliency,
+    costs: LatencyModel,
+    source: Source,
+    tell: Progress,
+    choose: Choose,
+) -> fx.GraphModule:
+    """Measure dense and pruned network in turn; while the pruned one is too slow, ask for less."""
+    plan: Plan = pruned.meta["halp_fx"]
+    groups, traced = plan.groups, plan.groups.traced
+    inputs = traced.example_inputs
+    target_ms = plan.budget_ms
+    asked_ms = target_ms
+    bound = plan.value / max(1.0 - plan.gap, 1e-12)  # proven for the budget that was asked for
+    for attempt in range(1, _ROUNDS + 1):
+        dense, small = measure_paired(
+            traced.module, pruned, source.backend, inputs, inputs, rounds=9
+        )
+        tell("verify", attempt, _ROUNDS)
+        allowed_ms = limit.in_ms(dense.median_ms)
+        facts = {
+            "measured_dense_ms": dense.median_ms,
+            "measured_ms": small.median_ms,
+            "measured_spread_ms": small.spread_ms,
+            "measured_budget_ms": allowed_ms,
+            "measured_rounds": attempt,
+            "met": small.median_ms <= allowed_ms * (1 + _TOLERANCE),
+        }
+        pruned.meta["halp_fx"] = _annotated(plan, scores, costs, **facts)
+        if facts["met"] or attempt == _ROUNDS:
+            return pruned
+        asked_ms *= min(allowed_ms / small.median_ms, 0.98)
+        try:
+            tighter = choose(groups, scores, costs, asked_ms)
+        except HalpError:
+            return pruned  # nothing faster is left; the report says that the budget is missed
+        gap = max(0.0, (bound - tighter.value) / max(bound, 1e-300))
+        plan = replace(tighter, budget_ms=target_ms, gap=gap)
+        pruned = rewrite(_annotated(plan, scores, costs))
+    return pruned

@@ -1,0 +1,90 @@
+"""The memory that activations take while the network runs, as functions of the widths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import fx
+
+from halp_fx.passes.rules.counts import Count, count_of, reading, total
+from halp_fx.types import ChannelGroups, TensorSpec
+
+__all__ = ["memory_moments", "peak"]
+
+
+def memory_moments(groups: ChannelGroups) -> list[Count]:
+    """Bytes of the activations that are alive at each moment at which that may be the most.
+
+    A tensor lives from the node that makes it to the last that reads it, or a view of it; the
+    inputs are alive from the start, outputs to the end. Parameters and the workspace within an
+    operator are not counted, and no memory is taken to be shared by an operator's input and
+    output.
+    """
+    alive = _alive(groups)
+    most = [
+        now
+        for k, now in enumerate(alive)
+        if not (k + 1 < len(alive) and now <= alive[k + 1]) and not (k > 0 and now < alive[k - 1])
+    ]
+    specs = {name: list(_specs(groups.outputs.get(name))) for now in most for name in now}
+    return [
+        count_of(reading(s for name in sorted(now) for s in specs[name]), lambda _, moved: moved)
+        for now in most
+    ]
+
+
+def peak(moments: list[Count], kept: Mapping[int, int] | Any) -> tuple[int, int]:
+    """The most bytes that are alive at a time, and at which moment (an index into `moments`)."""
+    sizes = [total([moment], kept) for moment in moments]
+    most = max(sizes, default=0)
+    return most, sizes.index(most) if sizes else -1
+
+
+def _alive(groups: ChannelGroups) -> list[frozenset[str]]:
+    """For each node that computes: the nodes whose results are in memory while it runs."""
+    owner = _owners(groups)
+    nodes = list(groups.traced.module.graph.nodes)
+    born: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for k, node in enumerate(nodes):
+        if node.name in owner:
+            born.setdefault(owner[node.name], 0 if node.op == "placeholder" else k)
+            last.setdefault(owner[node.name], k)
+        for source in node.all_input_nodes:
+            if source.name in owner:
+                last[owner[source.name]] = k
+    return [
+        frozenset(name for name in born if born[name] <= k <= last[name])
+        for k, node in enumerate(nodes)
+        if node.op not in ("placeholder", "get_attr", "output")
+    ]
+
+
+def _owners(groups: ChannelGroups) -> dict[str, str]:
+    """Node -> the node that made the memory its result lies in; activations only."""
+    computed = {w.node for w in groups.work if w.kind != "view"}
+    owner: dict[str, str] = {}
+    for node in groups.traced.module.graph.nodes:
+        if node.op in ("get_attr", "output") or not list(_specs(groups.outputs.get(node.name))):
+            continue
+        source = _viewed(node, owner)
+        if node.op == "placeholder" or node.name in computed or source is None:
+            owner[node.name] = node.name
+        else:
+            owner[node.name] = owner[source]
+    return owner
+
+
+def _viewed(node: fx.Node, owner: Mapping[str, str]) -> str | None:
+    return next((source.name for source in node.all_input_nodes if source.name in owner), None)
+
+
+def _specs(value: Any) -> Iterator[TensorSpec]:
+    if isinstance(value, TensorSpec):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _specs(item)
+    elif isinstance(value, dict):
+        yield from _specs(list(value.values()))
