@@ -25,6 +25,7 @@ COMMANDS: tuple[list[str], ...] = (
     ["groups"],
     ["profile"],
     ["prune"],
+    ["sweep"],
     ["bench"],
     ["bench", "discover"],
 )
@@ -274,7 +275,7 @@ def test_prune_takes_what_compile_takes(tmp_path: Path) -> None:
 
 def test_prune_refuses_wrong_options(tmp_path: Path) -> None:
     fixed = ("prune", NET, "--latency", "analytic", "--no-onnx", "-o", tmp_path)
-    assert "give --budget, --params or --macs" in refused(*fixed)
+    assert "give --budget, --params, --macs or --memory" in refused(*fixed)
     unknown = call(*fixed, "-b", 0.5, "--exclude", "bdy")
     assert unknown.exit_code == 2
     assert "error: exclude: no module or parameter of Net matches 'bdy'" in unknown.stderr
@@ -306,29 +307,6 @@ def test_prune_refuses_what_can_not_be(tmp_path: Path) -> None:
         "prune", NET, "-b", "0.5", "--latency", tmp_path / "t.sqlite", "-o", tmp_path
     )
     assert not (tmp_path / "model.safetensors").exists()
-
-
-def test_profile_leaves_a_table_that_prune_reads(tmp_path: Path) -> None:
-    table = tmp_path / "net.sqlite"
-    small = f"{__name__}:make_small"
-    text = ok("profile", small, "--backend", "torch", "--threads", 1, "-o", table)
-    assert "dense network" in text
-    with halp_fx.LatencyTable.open(table) as opened:
-        assert opened.entries()
-    ok("prune", small, "-b", "0.9", "--latency", table, "-o", tmp_path / "out", "--no-onnx")
-
-
-def make_small() -> tuple[nn.Module, torch.Tensor]:
-    return Net(16), torch.randn(1, 3, 8, 8)
-
-
-def test_profile_analytic_shows_costs() -> None:
-    text = ok("profile", NET, "--backend", "analytic")
-    assert "dense network" in text
-    assert "conv" in text
-    assert "computes costs" in refused("profile", NET, "--backend", "analytic", "--threads", 1)
-    assert "no back-end 'tpu'" in refused("profile", NET, "--backend", "tpu")
-    assert "--device" in refused("profile", NET, "--backend", "onnxruntime", "--device", "cuda")
 
 
 def test_bench_discover_writes_csv(tmp_path: Path) -> None:

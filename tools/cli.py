@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -13,13 +13,14 @@ from halp_fx._version import __version__
 from halp_fx.errors import InputError
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.trace import trace
-from halp_fx.tools import bench, bench_solve, inspector, profiler
+from halp_fx.tools import bench, bench_solve, cli_profile, inspector
 from halp_fx.tools import coverage as sweeps
 from halp_fx.tools import prune as pruner
 from halp_fx.tools.console import DebugOption, HalpCommands, err, out, progress_bars
 from halp_fx.tools.coverage_models import Family
 from halp_fx.tools.coverage_report import coverage_table
-from halp_fx.tools.models import load_model, parse_input
+from halp_fx.tools.models import parse_input
+from halp_fx.tools.options import InputOption, ModelArgument, PretrainedOption, WeightsOption, load
 
 __all__ = ["app", "main"]
 
@@ -48,6 +49,7 @@ bench_app = typer.Typer(
 )
 app.add_typer(bench_app)
 bench_solve.add_command(bench_app)
+cli_profile.add_commands(app)
 
 
 class Format(StrEnum):
@@ -57,32 +59,6 @@ class Format(StrEnum):
     json = "json"
     graphml = "graphml"
     dot = "dot"
-
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="torchvision:NAME, timm:NAME or package.module:factory.",
-        show_default=False,
-    ),
-]
-InputOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input",
-        metavar="SHAPE",
-        help="Shape of an input, as 1x3x224x224 or 1x16:int64; again for the next input. "
-        "Default: what the model brings or expects.",
-    ),
-]
-PretrainedOption = Annotated[
-    bool, typer.Option("--pretrained", help="Load trained weights (torchvision, timm).")
-]
-WeightsOption = Annotated[
-    Path | None,
-    typer.Option("--weights", metavar="FILE", help="A safetensors file with the state_dict."),
-]
 
 
 def _version(value: bool) -> None:
@@ -139,7 +115,7 @@ def groups(
         raise InputError("--why prints a text; leave --format out")
     if output is not None and form is Format.table:
         raise InputError("--output is for --format json, graphml or dot")
-    network, example = _load(model, shapes)
+    network, example = load(model, shapes)
     found = find_groups(trace(network, example))
     if why is not None:
         for part in inspector.explain(found, why, to):
@@ -181,7 +157,7 @@ def prune(
             "--budget",
             "-b",
             help="Share of the dense latency (0.5) or a latency (4ms). Default: no slower than "
-            "the dense network, where --params or --macs is given.",
+            "the dense network, where --params, --macs or --memory is given.",
             show_default=False,
         ),
     ] = None,
@@ -192,6 +168,12 @@ def prune(
     macs: Annotated[
         float | None,
         typer.Option("--macs", help="Limit on the multiply-adds: their count, or a share up to 1."),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            "--memory", help="Limit on the bytes of activations at a time, or a share up to 1."
+        ),
     ] = None,
     include: Annotated[
         list[str] | None,
@@ -249,8 +231,8 @@ def prune(
     With data, call halp_fx.compile from Python: the saliency is better, and you can fine-tune.
     """
     del debug
-    limit = pruner.budget_of(budget, params=params, macs=macs)
-    network, example = _load(model, shapes, pretrained=pretrained, weights=weights)
+    limit = pruner.budget_of(budget, params=params, macs=macs, memory=memory)
+    network, example = load(model, shapes, pretrained=pretrained, weights=weights)
     if not pretrained and weights is None and model.startswith(("torchvision:", "timm:")):
         err().print("[yellow]note: random weights; give --pretrained or --weights FILE[/]")
     options = {
@@ -262,47 +244,6 @@ def prune(
         "solver": solver,
     }
     pruner.prune(network, limit, example, output, latency=latency, onnx=onnx, options=options)
-
-
-@app.command(
-    epilog="Examples:\n\n"
-    "halp-fx profile torchvision:resnet50 --backend onnxruntime --threads 1 -o resnet50.sqlite\n\n"
-    "halp-fx profile torchvision:resnet50 --backend torch --device cuda -o resnet50.sqlite\n\n"
-    "halp-fx prune torchvision:resnet50 --budget 0.5 --latency resnet50.sqlite -o out/"
-)
-def profile(
-    model: ModelArgument,
-    backend: Annotated[
-        str, typer.Option("--backend", help="onnxruntime, torch, or analytic (shows, no table).")
-    ] = "onnxruntime",
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="The table, made or completed; a run that was cut off goes on where it was. "
-            "Default: the user's own table.",
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads of the back-end.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda, for the torch back-end.")
-    ] = None,
-    shapes: InputOption = None,
-    debug: DebugOption = False,
-) -> None:
-    """Measures what each width costs on this device; leaves a latency table."""
-    del debug
-    source = profiler.source_of(backend, output, threads=threads, device=device)
-    network, example = _load(model, shapes)
-    with progress_bars() as progress:
-        priced = profiler.profile(network, example, source, progress=progress)
-    out().print(profiler.kernel_table(priced))
-    if source.table is not None:
-        err().print(f"wrote {escape(source.table.path)}")
 
 
 @bench_app.command(
@@ -399,13 +340,6 @@ def coverage(
         )
     out().print(coverage_table(records))
     err().print(f"wrote {escape(str(output / family.value))}.csv, .md and .jsonl")
-
-
-def _load(model: str, shapes: list[str] | None, **options: Any) -> tuple[Any, Any]:
-    network, example = load_model(model, **options)
-    if shapes:
-        example = tuple(parse_input(text) for text in shapes)
-    return network, example
 
 
 def main() -> None:

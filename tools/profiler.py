@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from halp_fx.calibrate import calibrate
 from halp_fx.errors import InputError
 from halp_fx.latency import (
     Analytic,
@@ -19,14 +21,16 @@ from halp_fx.latency import (
     OnnxRuntime,
     Source,
     Torch,
+    TorchCompile,
     default_table_path,
+    write_bundle,
 )
 from halp_fx.passes.groups import find_groups
-from halp_fx.passes.latency import price
+from halp_fx.passes.latency import measurements, price
 from halp_fx.passes.trace import trace
-from halp_fx.types import LatencyModel
+from halp_fx.types import ChannelGroups, LatencyModel
 
-__all__ = ["kernel_table", "profile", "source_of"]
+__all__ = ["groups_of", "kernel_table", "profile", "source_of", "write_bundle_of"]
 
 
 def source_of(
@@ -35,22 +39,39 @@ def source_of(
     *,
     threads: int | None = None,
     device: str | None = None,
+    dtype: str | None = None,
+    channels_last: bool = False,
+    cuda_graphs: bool = False,
+    provider: str | None = None,
 ) -> Source:
     """The back-end of that name, and the table that takes its measurements.
 
     Args:
-        backend: "onnxruntime", "torch" or "analytic".
+        backend: "onnxruntime", "torch", "torch.compile" or "analytic".
         table: file of the table, made if needed; None: the user's own.
         threads: CPU threads; None: the back-end's default.
         device: torch device; None: the CPU.
+        dtype: type that torch runs in, as "bfloat16"; None: the network's own.
+        channels_last: torch keeps images with the channels last.
+        cuda_graphs: torch replays a CUDA graph.
+        provider: execution provider of ONNX Runtime; None: the CPU's.
 
     Raises:
         InputError: the name is unknown, or an option has no meaning for the back-end.
         DependencyError: ONNX Runtime is not installed.
         LatencyError: the table can't be used.
     """
-    if device is not None and backend != "torch":
-        raise InputError(f"--device is for --backend torch; {backend} takes none")
+    of_torch = {
+        "--device": device,
+        "--dtype": dtype,
+        "--channels-last": channels_last or None,
+        "--cuda-graphs": cuda_graphs or None,
+    }
+    for option, value in of_torch.items():
+        if value is not None and backend not in ("torch", "torch.compile"):
+            raise InputError(f"{option} is for --backend torch; {backend} takes none")
+    if provider is not None and backend != "onnxruntime":
+        raise InputError(f"--provider is for --backend onnxruntime; {backend} takes none")
     if backend == "analytic":
         if table is not None or threads is not None:
             raise InputError(
@@ -58,32 +79,95 @@ def source_of(
             )
         return Source(Analytic(), None)
     made: Backend
-    if backend == "torch":
-        made = Torch(device or "cpu", threads=threads)
+    if backend in ("torch", "torch.compile"):
+        kind = Torch if backend == "torch" else TorchCompile
+        made = kind(
+            device or "cpu",
+            threads=threads,
+            dtype=None if dtype is None else _dtype(dtype),
+            channels_last=channels_last,
+            cuda_graphs=cuda_graphs,
+        )
     elif backend == "onnxruntime":
-        made = OnnxRuntime() if threads is None else OnnxRuntime(threads=threads)
+        made = OnnxRuntime(threads=threads or 1, provider=provider or OnnxRuntime.provider)
     else:
-        raise InputError(f"there is no back-end {backend!r}; use onnxruntime, torch or analytic")
+        raise InputError(
+            f"there is no back-end {backend!r}; use onnxruntime, torch, torch.compile or analytic"
+        )
     made.fingerprint()  # a device or package that is missing is better told now
     return Source(made, LatencyTable.open(table or default_table_path()))
 
 
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise InputError(f"--dtype {name}: there is no such type; use float32, bfloat16 or float16")
+    return found
+
+
+def groups_of(model: nn.Module, example_inputs: tuple[Any, ...] | None) -> ChannelGroups:
+    """Trace and groups of a network.
+
+    Raises:
+        HalpError: the network can't be traced.
+    """
+    return find_groups(trace(model, example_inputs))
+
+
 def profile(
-    model: nn.Module,
-    example_inputs: tuple[Any, ...] | None,
+    groups: ChannelGroups,
     source: Source,
     *,
+    calibrate_on: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LatencyModel:
     """Prices every kernel of the network at its widths; measurements land in the source's table.
 
+    Args:
+        calibrate_on: networks of random widths that are measured whole, a third of them to check
+            the calibration on; 0: none. Nothing is measured where the table has a calibration.
+
     Raises:
-        HalpError: the network can't be traced, or a kernel can't be measured.
+        HalpError: a kernel or a network can't be measured.
     """
-    groups = find_groups(trace(model, example_inputs))
-    if progress is None:
-        return price(groups, source)
-    return price(groups, source, progress=partial(progress, "latency"))
+    tell = progress or (lambda stage, done, total: None)
+    model = price(groups, source, progress=partial(tell, "latency"))
+    if not calibrate_on or model.calibration is not None or source.table is None:
+        return model
+    held_out = max(calibrate_on // 3, 1)
+    calibrate(
+        groups,
+        source,
+        networks=calibrate_on - held_out,
+        held_out=held_out,
+        progress=partial(tell, "calibrate"),
+    )
+    return price(groups, source)
+
+
+def write_bundle_of(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | None,
+    folder: Path,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> int:
+    """Leaves what to measure on a device that has ONNX Runtime and no PyTorch.
+
+    Returns:
+        how many kernels the bundle has.
+
+    Raises:
+        HalpError: the network can't be traced, or a kernel can't be exported.
+    """
+    groups = groups_of(model, example_inputs)
+    jobs = measurements(groups, fuses=True)
+    tell = progress or (lambda stage, done, total: None)
+    network = (groups.traced.module, groups.traced.example_inputs)
+    write_bundle(
+        jobs, folder, network=network, progress=lambda done, total, _: tell("export", done, total)
+    )
+    return len(jobs)
 
 
 def kernel_table(model: LatencyModel, shown: int = 20) -> Table:
@@ -100,13 +184,24 @@ def kernel_table(model: LatencyModel, shown: int = 20) -> Table:
     table.add_column("sizes", justify="right")
     table.add_column("ms", justify="right")
     table.add_column("share", justify="right")
+    table.add_column("steps", justify="right")
     for cost, kernel in costs[:shown]:
         sizes = " x ".join(str(axis.dense) for axis in kernel.axes)
+        steps = " x ".join(str(step) if step else "?" for step in kernel.steps)
         share = f"{cost / model.dense_ms:.1%}" if model.dense_ms else ""
-        table.add_row(escape(kernel.name), escape(kernel.op), sizes, f"{cost:.4f}", share)
+        table.add_row(escape(kernel.name), escape(kernel.op), sizes, f"{cost:.4f}", share, steps)
     rest = costs[shown:]
     if rest:
         total = sum(cost for cost, _ in rest)
-        table.add_row(f"{len(rest)} more", "", "", f"{total:.4f}", f"{total / model.dense_ms:.1%}")
+        share = f"{total / model.dense_ms:.1%}"
+        table.add_row(f"{len(rest)} more", "", "", f"{total:.4f}", share, "")
     table.caption = escape(model.device)
+    if model.calibration is not None:
+        found = model.calibration
+        table.caption += (
+            f"\nwhole network = {found.offset_ms:.4g} ms + {found.scale:.4g} x sum of kernels, "
+            f"fitted on {found.networks} networks; on {found.held_out} others the error is "
+            f"{found.median_error:.1%} (median), {found.worst_error:.1%} (worst), the rank "
+            f"correlation {found.rank_correlation:.2f}"
+        )
     return table

@@ -19,22 +19,26 @@ from halp_fx.report import render_markdown, summarize, to_json
 from halp_fx.tools.console import err, out, progress_bars
 from halp_fx.types import Plan
 
-__all__ = ["budget_of", "prune", "summary_table", "write_report"]
+__all__ = ["budget_of", "latency_of", "prune", "summary_table", "write_report"]
 
 
 def budget_of(
-    text: str | None, *, params: float | None = None, macs: float | None = None
+    text: str | None,
+    *,
+    params: float | None = None,
+    macs: float | None = None,
+    memory: float | None = None,
 ) -> Budget:
-    """The budget: `0.5` is a share of the latency, `4ms` a time; parameters, multiply-adds besides.
+    """The budget: `0.5` is a share of the latency, `4ms` a time; further limits besides.
 
     Raises:
         BudgetError: none of them is given, or one can't be parsed or is out of range.
     """
     if text is None:
-        if params is None and macs is None:
-            raise BudgetError("nothing is limited: give --budget, --params or --macs")
-        return Budget(params=params, macs=macs)
-    return replace(parse_budget(text), params=params, macs=macs)
+        if params is None and macs is None and memory is None:
+            raise BudgetError("nothing is limited: give --budget, --params, --macs or --memory")
+        return Budget(params=params, macs=macs, memory=memory)
+    return replace(parse_budget(text), params=params, macs=macs, memory=memory)
 
 
 def prune(
@@ -59,12 +63,7 @@ def prune(
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; name a folder for the results")
-    if latency is not None and ("/" in latency or latency.endswith(".json")):
-        source: Any = Path(latency)
-        if not source.is_file():
-            raise InputError(f"there is no latency table {latency}; make one with halp-fx profile")
-    else:
-        source = latency
+    source = latency_of(latency)
     with progress_bars() as progress:
         pruned = halp_fx.compile(
             model, budget, example_inputs, latency=source, progress=progress, **(options or {})
@@ -84,6 +83,19 @@ def prune(
             out().print(f"wrote {escape(str(path))}")
     err().print("[dim]The widths were chosen and kept without training: fine-tune before use.[/]")
     return plan
+
+
+def latency_of(text: str | None) -> str | Path | None:
+    """What `--latency` names: a back-end, or the file of a table.
+
+    Raises:
+        InputError: it looks like a file, and there is none.
+    """
+    if text is None or not ("/" in text or text.endswith(".sqlite")):
+        return text
+    if not Path(text).is_file():
+        raise InputError(f"there is no latency table {text}; make one with halp-fx profile")
+    return Path(text)
 
 
 def write_report(plan: Plan, directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .analytic import Analytic
 from .backend import Backend, BlockTimer, Job, Timing
+from .bundle import import_results, write_bundle
 from .calibration import Calibration, fit_calibration
 from .interpolate import GridCost
 from .onnxruntime_backend import OnnxRuntime
@@ -34,9 +35,11 @@ __all__ = [
     "default_table_path",
     "find_step",
     "fit_calibration",
+    "import_results",
     "measure_jobs",
     "measure_network",
     "measure_paired",
     "probe_sizes",
     "resolve_backend",
+    "write_bundle",
 ]

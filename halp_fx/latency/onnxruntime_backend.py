@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from ..errors import DependencyError, InputError, LatencyError
 from .backend import iter_tensors, map_tensors, require_count, require_positive, settle, wall_ms
 from .device import cpu_facts, cuda_facts, fingerprint_text
 
-__all__ = ["OnnxRuntime"]
+__all__ = ["OnnxRuntime", "onnx_bytes"]
 
 _ON_CUDA = frozenset({"CUDAExecutionProvider", "TensorrtExecutionProvider"})
 
@@ -81,11 +81,8 @@ class OnnxRuntime:
             LatencyError: the module can't be exported, or ONNX Runtime can't run it.
         """
         runtime = _runtime(self.provider)
-        cpu = torch.device("cpu")
-        arguments = map_tensors(inputs, lambda tensor: tensor.detach().to(cpu))
-        flat = _Flat(settle(module, cpu, None), arguments).eval()
-        tensors = tuple(iter_tensors(arguments))
-        model = _export(flat, tensors)
+        model = onnx_bytes(module, inputs)
+        tensors = tuple(iter_tensors(_on_cpu(inputs)))
         try:
             session = self._session(runtime, model)
             return _bound_run(runtime, session, tensors, self.provider in _ON_CUDA)
@@ -116,6 +113,37 @@ class OnnxRuntime:
                 "provider could not be loaded. Install them, or pass another provider."
             )
         return session
+
+
+def onnx_bytes(module: nn.Module, inputs: tuple[Any, ...]) -> bytes:
+    """A module as ONNX, with shapes fixed to those of the inputs and the weights inside.
+
+    The ONNX inputs are named "input_0", "input_1" ... in the order in which tensors occur in
+    `inputs`; those that the module doesn't use may be missing.
+
+    Args:
+        module: any module that exports to ONNX; it is exported in eval mode and left as it is.
+        inputs: positional arguments of it; numbers and None become constants.
+
+    Raises:
+        DependencyError: a package that the export needs is not installed.
+        LatencyError: the module can't be exported.
+
+    Example:
+        >>> import onnx, torch
+        >>> from torch import nn
+        >>> data = onnx_bytes(nn.Conv2d(3, 8, 3), (torch.zeros(1, 3, 9, 9),))
+        >>> [node.op_type for node in onnx.load_from_string(data).graph.node]
+        ['Conv']
+    """
+    arguments = _on_cpu(inputs)
+    flat = _Flat(settle(module, torch.device("cpu"), None), arguments).eval()
+    return _export(flat, tuple(iter_tensors(arguments)))
+
+
+def _on_cpu(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    cpu = torch.device("cpu")
+    return cast("tuple[Any, ...]", map_tensors(inputs, lambda tensor: tensor.detach().to(cpu)))
 
 
 class _Flat(nn.Module):

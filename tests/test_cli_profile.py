@@ -1,0 +1,205 @@
+"""`halp-fx profile` and `halp-fx sweep`, on small networks of this file."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import halp_fx
+from halp_fx.errors import DependencyError
+from halp_fx.latency import Analytic, LatencyTable, Source
+from halp_fx.tools import advice, profiler, sweep
+from tests.test_cli import NET, ok, refused
+
+__all__: list[str] = []
+
+SMALL = f"{__name__}:make_small"
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.two, self.fc = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.two(torch.relu(self.norm(self.one(x)))))
+        y: torch.Tensor = self.fc(x.mean((2, 3)))
+        return y
+
+
+def make_small() -> tuple[nn.Module, torch.Tensor]:
+    return Small(), torch.randn(1, 3, 8, 8)
+
+
+def test_a_table_that_prune_reads(tmp_path: Path) -> None:
+    table = tmp_path / "net.sqlite"
+    options = ("--backend", "torch", "--threads", 1, "--calibrate", 3, "-o", table)
+    text = ok("profile", SMALL, *options)
+    assert "dense network" in text
+    assert "fitted on 3 networks; on 1 others the error is" in text  # two random ones, the dense
+    with LatencyTable.open(table) as opened:
+        rows = opened.entries()
+    ok("profile", SMALL, *options)  # nothing is left to do
+    with LatencyTable.open(table) as opened:
+        assert opened.entries() == rows
+    ok("prune", SMALL, "-b", "0.9", "--latency", table, "-o", tmp_path / "out", "--no-onnx")
+
+
+def test_a_batch_size(tmp_path: Path) -> None:
+    table = tmp_path / "net.sqlite"
+    ok("profile", SMALL, "--backend", "torch", "--threads", 1, "--calibrate", 0, "--batch", 3,
+       "-o", table)  # fmt: skip
+    with LatencyTable.open(table) as opened:
+        assert all("3x" in row.key for row in opened.entries())
+        assert not any("inputs ['1x" in row.key for row in opened.entries())
+
+
+def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
+    table = tmp_path / "net.sqlite"
+    command = [sys.executable, "-m", "halp_fx.tools.cli", "profile", SMALL, "--backend", "torch",
+               "--threads", "1", "--calibrate", "0", "-o", str(table)]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    measured: set[str] = set()
+    while not measured and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+        if table.exists():
+            with LatencyTable.open(table) as opened:
+                measured = {row.key for row in opened.entries()}
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert measured
+    with LatencyTable.open(table) as opened:
+        before = {row.key: row.timing for row in opened.entries()}
+    ok("profile", SMALL, "--backend", "torch", "--threads", 1, "--calibrate", 0, "-o", table)
+    with LatencyTable.open(table) as opened:
+        after = {row.key: row.timing for row in opened.entries()}
+    assert before.items() <= after.items()
+    assert measured <= set(after)
+
+
+def test_analytic_shows_costs() -> None:
+    text = ok("profile", NET, "--backend", "analytic")
+    assert "dense network" in text
+    assert "conv" in text
+
+
+def test_options_that_have_no_meaning() -> None:
+    assert "computes costs" in refused("profile", NET, "--backend", "analytic", "--threads", 1)
+    assert "no back-end 'tpu'" in refused("profile", NET, "--backend", "tpu")
+    for option in (("--device", "cuda"), ("--dtype", "bfloat16"), ("--channels-last",)):
+        text = refused("profile", NET, "--backend", "onnxruntime", *option)
+        assert f"{option[0]} is for --backend torch" in text
+    assert "--provider is for" in refused(
+        "profile", NET, "--backend", "torch", "--provider", "CUDAExecutionProvider"
+    )
+    assert "no such type" in refused("profile", NET, "--backend", "torch", "--dtype", "float7")
+    assert "at least 3 networks" in refused("profile", NET, "--calibrate", 2)
+    assert "cuda_graphs is for" in refused("profile", NET, "--backend", "torch", "--cuda-graphs")
+
+
+def test_advice(tmp_path: Path) -> None:
+    text = ok("profile", SMALL, "--backend", "torch", "--threads", 1, "--advise",
+              "-o", tmp_path / "t.sqlite")  # fmt: skip
+    assert "Can pruning help?" in text
+    for row in ("in kernels whose width can change", "starting kernels", "least latency that"):
+        assert row in text
+
+
+def test_what_advice_says() -> None:
+    model, x = make_small()
+    groups = profiler.groups_of(model, (x,))
+    source = Source(Analytic(), None)
+    found = advice.advice_of(groups, profiler.profile(groups, source), source)
+    assert found.overhead is None
+    assert 0.9 < found.prunable <= 1
+    assert 0 < found.least_ms < found.dense_ms
+    pruned = halp_fx.compile(model, f"{found.least_ms * 1.001}ms", x, latency="analytic")
+    assert halp_fx.plan_of(pruned).predicted_ms == pytest.approx(found.least_ms, rel=1e-2)
+    pinned = profiler.groups_of(nn.Conv2d(3, 8, 3), (torch.randn(1, 3, 8, 8),))
+    none = advice.advice_of(pinned, profiler.profile(pinned, source), source)
+    assert (none.prunable, none.least_ms) == (0, none.dense_ms)
+    started = Analytic(overhead_ms=1.0)
+    launches = profiler.profile(groups, Source(started, None))
+    slow = advice.advice_of(groups, launches, Source(started, None))
+    assert slow.least_ms > 0.9 * slow.dense_ms
+
+
+def test_a_bundle_and_its_results(tmp_path: Path) -> None:
+    bundle, table = tmp_path / "bundle", tmp_path / "board.sqlite"
+    ok("profile", SMALL, "--bundle", bundle)
+    assert (bundle / "manifest.json").is_file()
+    size = sum(path.stat().st_size for path in bundle.rglob("*.onnx"))
+    assert size < 200_000
+    subprocess.run(
+        [sys.executable, str(bundle / "run.py"), "--samples", "1", "--min-sample-ms", "0.01"],
+        check=True,
+        capture_output=True,
+    )
+    ok("profile", SMALL, "--import", bundle / "results.jsonl", "-o", table)
+    with LatencyTable.open(table) as opened:
+        assert opened.entries()
+    ok("prune", SMALL, "-b", "0.9", "--latency", table, "-o", tmp_path / "out", "--no-onnx")
+    (tmp_path / "other.jsonl").write_text("{}\n")
+    text = refused("profile", SMALL, "--import", tmp_path / "other.jsonl", "-o", table)
+    assert "other.jsonl" in text
+
+
+def test_sweep(tmp_path: Path) -> None:
+    text = ok("sweep", SMALL, "--budgets", "0.9,0.5,0.0001", "--latency", "analytic", "--save",
+              "-o", tmp_path / "out")  # fmt: skip
+    assert "latency against saliency kept" in text
+    with (tmp_path / "out" / "sweep.csv").open(newline="", encoding="utf-8") as opened:
+        rows = list(csv.DictReader(opened))
+    assert [row["budget"] for row in rows] == ["0.9", "0.5", "0.0001"]
+    assert float(rows[0]["predicted_ms"]) > float(rows[1]["predicted_ms"])
+    assert float(rows[0]["value_kept"]) > float(rows[1]["value_kept"])
+    assert "can't be met" in rows[2]["remark"]
+    markdown = (tmp_path / "out" / "sweep.md").read_text(encoding="utf-8")
+    assert "- 0.0001: the budget of" in markdown
+    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "out" / "sweep.svg").read_text(encoding="utf-8")
+    small = halp_fx.load(tmp_path / "out" / "0.5.safetensors")
+    assert small(torch.randn(2, 3, 8, 8)).shape == (2, 4)
+
+
+def test_a_sweep_traces_and_scores_once(tmp_path: Path) -> None:
+    stages: list[str] = []
+
+    def tell(stage: str, done: int, total: int) -> None:
+        del total
+        if done == 0:
+            stages.append(stage)
+
+    model, x = make_small()
+    points = sweep.sweep(
+        model, ["0.8", "0.6"], (x,), tmp_path, progress=tell, options={"latency": "analytic"}
+    )
+    assert [p.met for p in points] == [True, True]
+    assert [stages.count(s) for s in ("trace", "groups", "select", "rewrite")] == [1, 1, 2, 2]
+
+
+def test_budgets_that_are_none(tmp_path: Path) -> None:
+    assert "--budgets is empty" in refused("sweep", SMALL, "--budgets", " ,", "-o", tmp_path)
+    assert "can't be parsed" in refused("sweep", SMALL, "--budgets", "0.5,soon", "-o", tmp_path)
+    assert not (tmp_path / "sweep.csv").exists()
+
+
+def test_charts_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(DependencyError, match=r"pip install \"halp_fx\[plot\]\""):
+        sweep.write_points([sweep.Point("0.5")], tmp_path, "net")
+    assert (tmp_path / "sweep.csv").is_file()

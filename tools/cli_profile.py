@@ -1,0 +1,207 @@
+"""The commands `halp-fx profile` and `halp-fx sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from halp_fx.errors import InputError
+from halp_fx.latency import LatencyTable, default_table_path, import_results
+from halp_fx.latency.device import summary
+from halp_fx.tools import advice, profiler
+from halp_fx.tools import sweep as sweeper
+from halp_fx.tools.console import DebugOption, err, out, progress_bars
+from halp_fx.tools.options import (
+    BatchOption,
+    InputOption,
+    ModelArgument,
+    PretrainedOption,
+    WeightsOption,
+    load,
+)
+from halp_fx.tools.prune import latency_of
+
+__all__ = ["add_commands"]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add `profile` and `sweep` to the command line."""
+    app.command(
+        epilog="Examples:\n\n"
+        "halp-fx profile torchvision:resnet50 --backend onnxruntime --threads 1 -o table.sqlite\n\n"
+        "halp-fx profile torchvision:resnet50 --advise\n\n"
+        "halp-fx profile torchvision:resnet50 --backend torch --device cuda --batch 256 "
+        "--dtype bfloat16 -o table.sqlite\n\n"
+        "halp-fx prune torchvision:resnet50 --budget 0.5 --latency table.sqlite -o out/\n\n"
+        "On a device without PyTorch:\n\n"
+        "halp-fx profile torchvision:resnet50 --bundle bundle/\n\n"
+        "(copy bundle/ there, run: python run.py -o results.jsonl, copy the results back)\n\n"
+        "halp-fx profile torchvision:resnet50 --import results.jsonl -o board.sqlite"
+    )(profile)
+    app.command(
+        epilog="Examples:\n\n"
+        "halp-fx sweep torchvision:resnet18 --pretrained --budgets 0.9,0.7,0.5,0.3 -o sweep/\n\n"
+        "halp-fx sweep torchvision:mobilenet_v2 --latency onnxruntime --budgets 0.8,0.6,0.4"
+    )(sweep)
+
+
+def profile(
+    model: ModelArgument,
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend",
+            help="onnxruntime, torch, torch.compile, or analytic (shows, no table).",
+        ),
+    ] = "onnxruntime",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The table, made or completed; a run that was cut off goes on where it was. "
+            "Default: the user's own table.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads of the back-end.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda, for torch and torch.compile.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="bfloat16 or another type, for torch.")
+    ] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Channels last in memory, for torch.")
+    ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Replay CUDA graphs, for torch on a GPU.")
+    ] = False,
+    provider: Annotated[
+        str | None,
+        typer.Option("--provider", help="Of ONNX Runtime, as CUDAExecutionProvider."),
+    ] = None,
+    calibrate: Annotated[
+        int,
+        typer.Option(
+            "--calibrate",
+            min=0,
+            help="Networks of random widths to measure whole, to fit sums of kernels to; 0: none.",
+        ),
+    ] = 12,
+    advise: Annotated[
+        bool, typer.Option("--advise", help="Say where the time goes and whether pruning can help.")
+    ] = False,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--bundle", metavar="DIR", help="Write what to measure on a device without PyTorch."
+        ),
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option("--import", metavar="FILE", help="Take the results of a bundle."),
+    ] = None,
+    batch: BatchOption = None,
+    shapes: InputOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Measures what each width costs on this device; leaves a latency table."""
+    del debug
+    if calibrate in (1, 2):
+        raise InputError(f"--calibrate {calibrate}: it takes at least 3 networks, or 0 for none")
+    if results is not None:
+        _take(results, output)
+        return
+    network, example = load(model, shapes, batch=batch)
+    if bundle is not None:
+        with progress_bars() as progress:
+            count = profiler.write_bundle_of(network, example, bundle, progress=progress)
+        err().print(
+            f"wrote {escape(str(bundle))}: {count} kernels. Copy it to the device, run there "
+            f"'python run.py -o results.jsonl', and here halp-fx profile {escape(model)} "
+            "--import results.jsonl -o board.sqlite"
+        )
+        return
+    source = profiler.source_of(
+        backend,
+        output,
+        threads=threads,
+        device=device,
+        dtype=dtype,
+        channels_last=channels_last,
+        cuda_graphs=cuda_graphs,
+        provider=provider,
+    )
+    groups = profiler.groups_of(network, example)
+    with progress_bars() as progress:
+        # Advice is wanted soon; it can be had without knowing the last few percent.
+        asked = 0 if advise else calibrate
+        priced = profiler.profile(groups, source, calibrate_on=asked, progress=progress)
+    out().print(profiler.kernel_table(priced))
+    if advise:
+        out().print(advice.advice_text(advice.advice_of(groups, priced, source)))
+    if source.table is not None:
+        err().print(f"wrote {escape(source.table.path)}")
+
+
+def _take(results: Path, output: Path | None) -> None:
+    with LatencyTable.open(output or default_table_path()) as table:
+        device = import_results(results, table)
+        count = len(table.entries(device))
+        err().print(f"the table has {count} measurements of {escape(summary(device))}")
+        err().print(f"wrote {escape(table.path)}")
+
+
+def sweep(
+    model: ModelArgument,
+    budgets: Annotated[
+        str, typer.Option("--budgets", help="Comma-separated: shares (0.5) or times (4ms).")
+    ] = "0.9,0.7,0.5,0.3",
+    latency: Annotated[
+        str | None,
+        typer.Option(
+            "--latency",
+            help="analytic, torch, onnxruntime, or a table of halp-fx profile. "
+            "Default: measure this device.",
+        ),
+    ] = None,
+    solver: Annotated[
+        str, typer.Option("--solver", help="joint, or to compare with: halp, greedy, uniform.")
+    ] = "joint",
+    save: Annotated[bool, typer.Option("--save", help="Also keep each network.")] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for what is written.")
+    ] = Path("sweep"),
+    pretrained: PretrainedOption = False,
+    weights: WeightsOption = None,
+    batch: BatchOption = None,
+    shapes: InputOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Prunes a network to several budgets; leaves a table and a chart."""
+    del debug
+    asked = sweeper.parse_budgets(budgets)
+    source = latency_of(latency)
+    network, example = load(model, shapes, batch=batch, pretrained=pretrained, weights=weights)
+    with progress_bars() as progress:
+        points = sweeper.sweep(
+            network,
+            asked,
+            example,
+            output,
+            save=save,
+            progress=progress,
+            options={"latency": source, "solver": solver},
+        )
+    out().print(sweeper.point_table(points))
+    for point in points:
+        if point.remark:
+            err().print(f"[yellow]{escape(point.budget)}: {escape(point.remark)}[/]")
+    for path in sweeper.write_points(points, output, model):
+        err().print(f"wrote {escape(str(path))}")
