@@ -180,17 +180,18 @@ def _draw(points: Sequence[Point], paths: Sequence[Path], title: str) -> None:
     axes = figure.add_subplot()
     done = [p for p in points if p.value_kept is not None and p.predicted_ms is not None]
     measured = [p for p in done if p.measured_ms is not None]
-    kept = [100 * (p.value_kept or 0.0) for p in done]
-    axes.plot([p.predicted_ms for p in done], kept, "o--", color="tab:gray", label="predicted")
+    kept = _numbers(done, "value_kept", 100)
+    predicted = _numbers(done, "predicted_ms")
+    axes.plot(predicted, kept, "o--", color="tab:gray", label="predicted")
     if measured:
         axes.errorbar(
-            [p.measured_ms for p in measured],
-            [100 * (p.value_kept or 0.0) for p in measured],
-            xerr=[p.spread_ms or 0.0 for p in measured],
+            _numbers(measured, "measured_ms"),
+            _numbers(measured, "value_kept", 100),
+            xerr=_numbers(measured, "spread_ms"),
             fmt="o-", color="tab:blue", capsize=3, label="measured",
         )  # fmt: skip
     if done:
-        axes.axvline(done[0].dense_ms, color="black", lw=0.8, ls=":", label="dense")
+        axes.axvline(_numbers(done, "dense_ms")[0], color="black", lw=0.8, ls=":", label="dense")
     for point, value in zip(done, kept, strict=True):
         at = point.measured_ms if point.measured_ms is not None else point.predicted_ms
         axes.annotate(point.budget, (at, value), textcoords="offset points", xytext=(6, -10))
@@ -200,3 +201,7 @@ def _draw(points: Sequence[Point], paths: Sequence[Path], title: str) -> None:
     axes.legend()
     for path in paths:
         figure.savefig(path)
+
+
+def _numbers(points: Sequence[Point], name: str, scale: float = 1.0) -> list[float]:
+    return [scale * float(getattr(point, name) or 0.0) for point in points]
