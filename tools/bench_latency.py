@@ -24,7 +24,15 @@ from halp_fx.tools import profiler
 from halp_fx.tools.console import DebugOption, err, out, progress_bars
 from halp_fx.tools.models import load_model, parse_input
 
-__all__ = ["Calibrated", "Compared", "add_commands", "calibrated", "compared"]
+__all__ = [
+    "Calibrated",
+    "Compared",
+    "add_commands",
+    "calibrated",
+    "compared",
+    "rows_table",
+    "write_rows",
+]
 
 DEFAULT_MODELS = "resnet18,resnet50,mobilenet_v2,vgg16_bn"
 
@@ -200,7 +208,8 @@ def write_rows(rows: Sequence[Any], path: Path) -> None:
         writer.writerows(asdict(row) for row in rows)
 
 
-def _table(title: str, rows: Iterable[Any]) -> Table:
+def rows_table(title: str, rows: Iterable[Any]) -> Table:
+    """Dataclasses of one kind, one row each."""
     table = Table(title=title)
     listed = list(rows)
     for field in fields(listed[0]):
@@ -264,7 +273,7 @@ def _latency(
                     calibrated(name, backend, inputs, output, networks=networks, progress=tell)
                 )
                 write_rows(rows, output / "latency.csv")
-    out().print(_table("whole = offset + scale x sum of kernels", rows))
+    out().print(rows_table("whole = offset + scale x sum of kernels", rows))
     err().print(f"wrote {escape(str(output / 'latency.csv'))}")
 
 
@@ -284,5 +293,5 @@ def _peers(
     with LatencyTable.open(output / "table.sqlite") as table:
         rows = compared(model, budget, _backend("onnxruntime", threads), parse_input(shape), table)
     write_rows(rows, output / "peer.csv")
-    out().print(_table(f"{model}, budget {budget:g} of the latency in ONNX Runtime", rows))
+    out().print(rows_table(f"{model}, budget {budget:g} of the latency in ONNX Runtime", rows))
     err().print(f"wrote {escape(str(output / 'peer.csv'))}")

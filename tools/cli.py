@@ -13,7 +13,7 @@ from halp_fx._version import __version__
 from halp_fx.errors import InputError
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.trace import trace
-from halp_fx.tools import bench, bench_latency, bench_solve, cli_profile, inspector
+from halp_fx.tools import bench, bench_latency, bench_solve, bench_speedup, cli_profile, inspector
 from halp_fx.tools import coverage as sweeps
 from halp_fx.tools import prune as pruner
 from halp_fx.tools.console import DebugOption, HalpCommands, err, out, progress_bars
@@ -50,6 +50,7 @@ bench_app = typer.Typer(
 app.add_typer(bench_app)
 bench_solve.add_command(bench_app)
 bench_latency.add_commands(bench_app)
+bench_speedup.add_command(bench_app)
 cli_profile.add_commands(app)
 
 

@@ -1,0 +1,74 @@
+"""The benchmarks of latency, on a small network and few samples."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halp_fx.latency import LatencyTable, Torch
+from halp_fx.tools import bench_latency
+from tests.test_cli import NET, ok, refused
+
+__all__: list[str] = []
+
+SMALL = "tests.test_cli_profile:make_small"
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
+def quick(*_: Any, **options: Any) -> Torch:
+    del options
+    return Torch(threads=1, min_sample_ms=0.02, samples=3)
+
+
+def test_predictions_are_checked(tmp_path: Path) -> None:
+    seen: list[str] = []
+    row = bench_latency.calibrated(
+        SMALL, quick(), None, tmp_path, networks=4, progress=lambda stage, *_: seen.append(stage)
+    )
+    assert (row.networks, row.held_out) == (4, 1)  # three random ones and the dense
+    assert row.dense_ms > 0
+    assert row.worst_error >= row.median_error >= 0
+    assert {"latency", "calibrate"} <= set(seen)
+    again = bench_latency.calibrated(
+        SMALL, quick(), None, tmp_path, networks=4, progress=lambda *_: None
+    )
+    assert again.offset_ms == row.offset_ms
+
+
+def test_next_to_torch_pruning(tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning")
+    with LatencyTable.open(tmp_path / "t.sqlite") as table:
+        rows = bench_latency.compared(NET, 0.9, quick(), torch.randn(1, 3, 16, 16), table)
+    assert [row.what.split(",")[0] for row in rows] == ["halp_fx", *["Torch-Pruning"] * 2]
+    for row in rows:
+        assert 0 < row.params_share <= 1
+        assert row.share == pytest.approx(row.pruned_ms / row.dense_ms)
+
+
+def test_speedups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halp_fx.tools.profiler.Torch", quick)
+    text = ok("bench", "speedup", "--models", SMALL, "--backend", "torch", "--batches", "1,2",
+              "--budgets", "0.9,0.0001", "-o", tmp_path)  # fmt: skip
+    assert "measured with torch" in text
+    rows = rows_of(tmp_path / "speedup.csv")
+    assert [(row["batch"], row["budget"]) for row in rows] == [
+        ("1", "0.9"), ("1", "0.0001"), ("2", "0.9"), ("2", "0.0001"),
+    ]  # fmt: skip
+    assert float(rows[0]["measured"]) > 0
+    assert rows[1]["measured"] == ""
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    assert "no back-end 'tpu'" in refused(
+        "bench", "latency", "--backends", "tpu", "-o", tmp_path / "l"
+    )
+    assert "above 1" in refused("bench", "speedup", "--budgets", "2", "-o", tmp_path / "s")
+    assert "--models is empty" in refused("bench", "speedup", "--models", ",", "-o", tmp_path)
