@@ -99,6 +99,7 @@ def _measured(facts: Mapping[str, Any]) -> dict[str, Any] | None:
         "dense": facts.get("measured_dense_ms"),
         "budget": facts.get("measured_budget_ms"),
         "pruned": facts["measured_ms"],
+        "spread": facts.get("measured_spread_ms"),
     }
 
 
@@ -136,8 +137,8 @@ def _verdict(summary: Mapping[str, Any]) -> str:
         )
     else:
         first = (
-            f"Measured, the pruned network takes {_ms(measured['pruned'])} and {met} the budget "
-            f"of {_ms(measured['budget'])}; by the latency table it takes "
+            f"Measured, the pruned network takes {_ms(measured['pruned'])}{_spread(measured)} and "
+            f"{met} the budget of {_ms(measured['budget'])}; by the latency table it takes "
             f"{_ms(latency['predicted'])}."
         )
     kind = f"Channels were scored by `{summary['saliency']}`"
@@ -148,6 +149,12 @@ def _verdict(summary: Mapping[str, Any]) -> str:
         f"{_percent(summary['value_kept'])} of the saliency, proven to be within "
         f"{_percent(summary['gap'], 2)} of the best choice of widths by the table."
     )
+
+
+def _spread(measured: Mapping[str, Any]) -> str:
+    """Half the interquartile range of the samples, where it is known."""
+    spread = measured.get("spread")
+    return "" if spread is None else f" (+- {_ms(spread)})"
 
 
 def _size_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

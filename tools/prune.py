@@ -116,7 +116,8 @@ def summary_table(plan: Plan) -> Table:
     budget, measured = latency["budget"], summary["measured_ms"]
     if measured is not None:
         table.add_row("dense latency measured", f"{measured['dense']:.3f} ms")
-        table.add_row("pruned latency measured", f"{measured['pruned']:.3f} ms")
+        spread = "" if measured["spread"] is None else f" +- {measured['spread']:.3f}"
+        table.add_row("pruned latency measured", f"{measured['pruned']:.3f}{spread} ms")
         budget = measured["budget"]
     met = "[green]met[/]" if summary["met"] else "[red]missed[/]"
     table.add_row(f"budget, {met}", f"{budget:.3f} ms")
