@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from halp_fx.budget import Budget, parse_budget
+from halp_fx.detection import is_detector, prune_detector
 from halp_fx.errors import InputError
 from halp_fx.passes.rules.scope import Selection
 from halp_fx.passes.rules.wrappers import unwrapped
@@ -91,7 +92,8 @@ def compile(
 
     Returns:
         The smaller network: same call signature, same keys in its `state_dict()`, same modes.
-        `plan_of` tells what was kept.
+        `plan_of` tells what was kept. Of a detector of torchvision, the same detector with a
+        smaller core.
 
     Raises:
         InputError: an argument is wrong (`BudgetError` for the budget).
@@ -110,27 +112,28 @@ def compile(
     model = unwrapped(model, stacklevel=3)
     limit = parse_budget(budget)
     check_solver(solver, limit.further)
-    prepared = prepare(
-        model,
-        example_inputs,
-        data=data,
-        loss=loss,
-        latency=latency,
-        saliency=saliency,
-        include=include,
-        exclude=exclude,
-        exact=exact,
-        solver=solver,
-        drop_blocks=drop_blocks,
-        min_share=min_share,
-        min_width=min_width,
-        round_to=round_to,
-        candidates=candidates,
-        also=also,
-        verify=verify,
-        progress=progress,
-    )
-    return prepared.prune(limit)
+    options: dict[str, Any] = {
+        "data": data,
+        "loss": loss,
+        "latency": latency,
+        "saliency": saliency,
+        "include": include,
+        "exclude": exclude,
+        "exact": exact,
+        "solver": solver,
+        "drop_blocks": drop_blocks,
+        "min_share": min_share,
+        "min_width": min_width,
+        "round_to": round_to,
+        "candidates": candidates,
+        "also": also,
+        "verify": verify,
+        "progress": progress,
+    }
+    if is_detector(model):
+        detector: Any = prune_detector(compile, model, budget, example_inputs, **options)
+        return cast(fx.GraphModule, detector)
+    return prepare(model, example_inputs, **options).prune(limit)
 
 
 def sweep(
@@ -172,6 +175,8 @@ def sweep(
         raise InputError("there are no budgets: pass at least one, as [0.7, 0.5]")
     for limit in limits:
         check_solver(options.get("solver", "joint"), limit.further)
+    if is_detector(model):
+        return ((limit, compile(model, limit, example_inputs, **options)) for limit in limits)
     prepared = prepare(model, example_inputs, **options)
     return ((limit, prepared.prune(limit)) for limit in limits)
 

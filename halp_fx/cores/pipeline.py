@@ -1,0 +1,113 @@
+"""From a model and a named core to the model with a smaller core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from halp_fx.cores.assembly import Flow, assemble
+from halp_fx.cores.calls import Call
+from halp_fx.cores.outside import split_ms
+from halp_fx.cores.put_back import put_back
+from halp_fx.cores.whole import taylor_of_whole
+from halp_fx.errors import InputError
+from halp_fx.latency import Stored, resolve_backend
+from halp_fx.types import Plan
+
+__all__ = ["Compile", "prune_parts", "with_outside"]
+
+Compile = Callable[..., fx.GraphModule]  # `halp_fx.compile`, for a network that can be traced
+
+
+def prune_parts(
+    compile: Compile,
+    model: nn.Module,
+    calls: Mapping[str, Call],
+    flow: Flow,
+    budget: Any,
+    inputs: tuple[torch.Tensor, ...],
+    *,
+    scored: nn.Module | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], Any] | None = None,
+    saliency: Any = None,
+    **options: Any,
+) -> nn.Module:
+    """Prune parts of `model` together, and put them back into a copy of it.
+
+    Args:
+        compile: `halp_fx.compile`.
+        flow: how tensors go from part to part.
+        inputs: what `flow` takes.
+        scored: the model as it is run on `data` for the Taylor saliency; None: `model`.
+        options: further options of `halp_fx.compile`.
+
+    Raises:
+        InputError: as `halp_fx.compile`; or `candidates` is not 1.
+    """
+    refuse_candidates(options)
+    if data is not None and loss is None:
+        raise InputError("data was given without loss: pass loss=callable(output, target)")
+    if data is not None and loss is not None and saliency in (None, "taylor"):
+        saliency = taylor_of_whole(model if scored is None else scored, data, loss)
+    core = compile(
+        assemble(model, calls, flow, len(inputs)), budget, inputs,
+        data=data, loss=loss, saliency=saliency, **options,
+    )  # fmt: skip
+    return put_back(model, calls, core)
+
+
+def refuse_candidates(options: Mapping[str, Any]) -> None:
+    """A plan can't be tried on data by the core alone."""
+    if options.get("candidates", 1) != 1:
+        raise InputError(
+            f"candidates={options['candidates']!r} is not known for the core of a model, which "
+            "can't be run on data alone: leave it out"
+        )
+
+
+def with_outside(
+    pruned: nn.Module,
+    parts: list[str],
+    inputs: tuple[Any, ...],
+    latency: Any,
+    before: str | None = None,
+) -> None:
+    """Note in the report what the model takes outside of its core, where costs are measured.
+
+    "whole_ms" of one call, "outside_ms" of it outside of the core, with "outside_share"; for a
+    model with a part `before` the core, as a detector's transform, "pre_processing_ms",
+    "post_processing_ms" and "post_processing_share" besides. What is outside is measured in eager
+    PyTorch; the core in the back-end of the plan.
+    """
+    device = next((p.device for p in pruned.parameters()), torch.device("cpu"))
+    backend = resolve_backend(latency, device=device).backend
+    if not backend.measured or isinstance(backend, Stored):
+        return
+    meta = cast(dict[str, Any], pruned.meta)
+    plan: Plan = meta["halp_fx"]
+    timed = [*parts, *([before] if before is not None else [])]
+    whole_ms, ms = split_ms(pruned, timed, inputs, getattr(backend, "threads", None))
+    in_torch_ms = sum(ms[name] for name in parts)
+    outside_ms = max(whole_ms - in_torch_ms, 0.0)
+    core_ms = in_torch_ms
+    if backend.name != "torch":
+        core_ms = float(plan.report.get("measured_ms", plan.predicted_ms))
+    whole_ms = core_ms + outside_ms
+    facts = {
+        "whole_ms": whole_ms,
+        "outside_ms": outside_ms,
+        "outside_share": outside_ms / whole_ms,
+    }
+    if before is not None:
+        after_ms = max(outside_ms - ms[before], 0.0)
+        facts |= {
+            "pre_processing_ms": ms[before],
+            "post_processing_ms": after_ms,
+            "post_processing_share": after_ms / whole_ms,
+        }
+    meta["halp_fx"] = replace(plan, report={**plan.report, **facts})

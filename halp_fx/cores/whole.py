@@ -1,0 +1,32 @@
+"""Taylor saliency of a core from the loss of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from halp_fx.passes.saliency import score
+from halp_fx.types import ChannelGroups, FloatArray
+
+__all__ = ["taylor_of_whole"]
+
+
+def taylor_of_whole(
+    model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Any]
+) -> Callable[[ChannelGroups], list[FloatArray]]:
+    """A saliency for `halp_fx.compile`: the Taylor score, the core being run within `model`.
+
+    Args:
+        data: minibatches `(inputs, target)` of the whole model.
+        loss: `loss(output, target)` of the whole model's output.
+    """
+
+    def taylor(groups: ChannelGroups) -> list[FloatArray]:
+        whole: Any = model  # has the tensors of the graph under the same names
+        traced = replace(groups.traced, module=whole)
+        return list(score(replace(groups, traced=traced), data, loss).scores)
+
+    return taylor

@@ -1,0 +1,8 @@
+"""Detectors of torchvision: backbone and heads are pruned as one network, the rest stays."""
+
+from __future__ import annotations
+
+from halp_fx.detection.kinds import is_detector
+from halp_fx.detection.prune import detector_parts, prune_detector
+
+__all__ = ["detector_parts", "is_detector", "prune_detector"]

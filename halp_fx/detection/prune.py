@@ -1,0 +1,79 @@
+"""A detector of torchvision in, the same detector with a smaller core out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from halp_fx.cores import Compile, capture, prune_parts, with_outside
+from halp_fx.detection.images import Batches, example_images, for_losses, sum_of_losses
+from halp_fx.detection.kinds import channels_of, core_flow, core_names
+from halp_fx.passes.rules.core import OnMeta
+from halp_fx.passes.rules.structure import empty_like, named_tensors, substitute_copy, without_data
+
+__all__ = ["detector_parts", "prune_detector"]
+
+
+def prune_detector(
+    compile: Compile,
+    model: nn.Module,
+    budget: Any,
+    example_inputs: Any = None,
+    *,
+    data: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    latency: Any = None,
+    **options: Any,
+) -> nn.Module:
+    """Prune a detector: what `halp_fx.compile` does with one.
+
+    Args:
+        compile: `halp_fx.compile` for the core, which is a network that can be traced.
+        budget: of the core: what transforms images, makes anchors and suppresses boxes is not in.
+        example_inputs: a list of images (3, H, W), or a tensor (N, 3, H, W). None: one image of
+            the size that the detector expects.
+        data: minibatches `(images, targets)`, as the detector takes them in training.
+        loss: `loss(losses, targets)` of the detector's dict of losses; None: their sum.
+        options: further options of `halp_fx.compile`, save `candidates`.
+
+    Returns:
+        The same detector with smaller layers; names in its `state_dict()` are as they were.
+    """
+    images = example_images(model, example_inputs)
+    names = core_names(model)
+    calls, tensors = capture(model, names, (images,))
+    heads: Any = getattr(model, "roi_heads", None)
+    # Where nothing is found in the example, as by random weights, the most that may be found.
+    most = len(images) * int(getattr(heads, "detections_per_img", 1))
+    rows = {name: given[0].shape[0] or most for name, given in tensors.items()}
+    batched = tensors["backbone"]
+    if data is not None:
+        data, loss = Batches(data, batched[0].device), sum_of_losses(loss)
+    pruned = prune_parts(
+        compile, model, calls, core_flow(model, calls, rows), budget, tuple(batched),
+        scored=for_losses(model), data=data, loss=loss, latency=latency, **options,
+    )  # fmt: skip
+    _correct_width(pruned.get_submodule("backbone"), batched)
+    with_outside(pruned, names, (images,), latency, before="transform")
+    return pruned
+
+
+def detector_parts(
+    model: nn.Module, example_inputs: Any = None
+) -> tuple[tuple[Any, ...], list[str]]:
+    """Positional arguments of a detector for an example, and the submodules that are pruned."""
+    return (example_images(model, example_inputs),), core_names(model)
+
+
+def _correct_width(backbone: Any, batched: list[torch.Tensor]) -> None:
+    """`backbone.out_channels`, which code around detectors reads, says what there is now."""
+    if not hasattr(backbone, "out_channels"):
+        return
+    empty = substitute_copy(backbone, {id(t): empty_like(t) for _, t in named_tensors(backbone)})
+    with torch.no_grad(), OnMeta():
+        widths = channels_of(empty(*without_data(batched)))
+    several = isinstance(backbone.out_channels, (list, tuple))
+    backbone.out_channels = [widths] if several and isinstance(widths, int) else widths

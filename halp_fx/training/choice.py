@@ -1,0 +1,198 @@
+"""Which units go at a milestone: the knapsack over those that are left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from halp_fx.budget import Budget
+from halp_fx.errors import HalpError
+from halp_fx.latency import Source, Stored, measure_paired
+from halp_fx.passes.rewrite import rewrite
+from halp_fx.passes.rules.counts import mac_counts, parameter_counts, total
+from halp_fx.passes.rules.plan import kept_indices
+from halp_fx.passes.rules.widths import GroupWidths, Widths
+from halp_fx.passes.select import select
+from halp_fx.training.schedule import Schedule, limit_at
+from halp_fx.training.scores import alive_groups
+from halp_fx.types import ChannelGroups, IntArray, LatencyModel, Plan, Saliency
+
+__all__ = ["Chooser", "plan_from_text", "plan_to_text"]
+
+_ROUNDS = 4  # how often a network that misses its budget is selected again
+_TOLERANCE = 0.02  # by how much a measured latency may pass the budget: repeatability of timers
+_NUMBERS = ("dense_ms", "predicted_ms", "budget_ms", "gap", "value", "dense_value")
+
+
+@dataclass(frozen=True)
+class _Resolved(Widths):
+    """Widths that were settled for each group before."""
+
+    own: tuple[GroupWidths, ...] = ()
+
+    def resolve(self, groups: ChannelGroups) -> tuple[GroupWidths, ...]:  # noqa: ARG002
+        return self.own
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Chooses the units to keep at each milestone, by one latency model of the dense network."""
+
+    groups: ChannelGroups  # of the dense network
+    costs: LatencyModel
+    source: Source
+    budget: Budget
+    schedule: Schedule
+    steps: int
+    widths: tuple[GroupWidths, ...]  # what each group may keep, by its dense width
+    solver: str
+    drop_blocks: bool
+    verify: bool
+
+    def check(self) -> None:
+        """Whether the final budget can be met at all, whatever the scores will be.
+
+        Raises:
+            InfeasibleError: it can't; better told now than after the training.
+        """
+        dense = tuple(np.arange(n, dtype=np.int64) for n in self.groups.dense_units)
+        alike = Saliency(tuple(np.ones(len(units)) for units in dense), "alike", True)
+        self._within(self.steps, dense, alike, self._target_ms(self.steps))
+
+    def choose(self, milestone: int, alive: Sequence[IntArray], saliency: Saliency) -> Plan:
+        """The plan for a milestone: units of the dense network, a part of those `alive`.
+
+        Args:
+            alive: the units of each group to choose from.
+            saliency: their scores.
+
+        Raises:
+            InfeasibleError: they can't be brought within the limits of the milestone.
+        """
+        plan = self._within(milestone, alive, saliency, self._target_ms(milestone))
+        measures = self.source.backend.measured and not isinstance(self.source.backend, Stored)
+        if milestone < self.steps or not measures or not self.verify:
+            return plan
+        return self._verified(plan, milestone, alive, saliency)
+
+    def _target_ms(self, milestone: int) -> float:
+        dense = self.costs.dense_ms
+        return limit_at(
+            self.schedule, milestone, self.steps, dense=dense, target=self.budget.in_ms(dense)
+        )
+
+    def _within(
+        self, milestone: int, alive: Sequence[IntArray], saliency: Saliency, budget_ms: float
+    ) -> Plan:
+        limits = {
+            name: limit_at(self.schedule, milestone, self.steps, dense=dense, target=target)
+            for name, dense, target in self._further()
+        }
+        own = tuple(
+            # The least share is one of the dense width, however few units are left.
+            GroupWidths(0.0, max(w.min_width, _least(g.units, w.min_share) * g.width), w.round_to)
+            for g, w in zip(self.groups.groups, self.widths, strict=True)
+        )
+        left = alive_groups(self.groups, alive)
+        plan = select(
+            left, saliency, self.costs, budget_ms, solver=self.solver, limits=limits,
+            drop_blocks=self.drop_blocks, allowed=_Resolved(own=own),
+        )  # fmt: skip
+        units = tuple(all_[kept] for all_, kept in zip(alive, plan.units, strict=True))
+        report = {
+            **plan.report,
+            "params": self._counted("params", units),
+            "macs": self._counted("macs", units),
+            "model": self.groups.traced.model_name,
+            "saliency": saliency.method,
+            "data_free": saliency.data_free,
+            "backend": self.costs.backend,
+            "device": self.costs.device,
+            "milestone": milestone,
+            "milestones": self.steps,
+        }
+        return replace(
+            plan, units=units, kept=kept_indices(self.groups, units), groups=self.groups,
+            report=report,
+        )  # fmt: skip
+
+    def _further(self) -> list[tuple[str, float, float]]:
+        """(name, dense count, limit) of what is limited besides the latency."""
+        if not self.budget.further:
+            return []
+        dense = self.groups.dense_units
+        counts = {
+            "params": total(parameter_counts(self.groups), dense),
+            "macs": total(mac_counts(self.groups), dense),
+        }
+        limits = self.budget.counts(counts["params"], counts["macs"])
+        return [(name, counts[name], limit) for name, limit in limits.items()]
+
+    def _counted(self, name: str, units: Sequence[IntArray]) -> dict[str, int]:
+        counts = (parameter_counts if name == "params" else mac_counts)(self.groups)
+        kept = [len(u) for u in units]
+        return {"dense": total(counts, self.groups.dense_units), "pruned": total(counts, kept)}
+
+    def _verified(
+        self, plan: Plan, milestone: int, alive: Sequence[IntArray], saliency: Saliency
+    ) -> Plan:
+        """Measure dense and pruned network in turn; while the pruned one is too slow, ask less."""
+        traced = self.groups.traced
+        inputs = traced.example_inputs
+        target_ms = asked_ms = plan.budget_ms
+        bound = plan.value / max(1.0 - plan.gap, 1e-12)  # proven for the budget asked for at first
+        for attempt in range(1, _ROUNDS + 1):
+            dense, small = measure_paired(
+                traced.module, rewrite(plan).eval(), self.source.backend, inputs, inputs, rounds=9
+            )
+            allowed_ms = self.budget.in_ms(dense.median_ms)
+            facts = {
+                "measured_dense_ms": dense.median_ms,
+                "measured_ms": small.median_ms,
+                "measured_spread_ms": small.spread_ms,
+                "measured_budget_ms": allowed_ms,
+                "measured_rounds": attempt,
+                "met": small.median_ms <= allowed_ms * (1 + _TOLERANCE),
+            }
+            plan = replace(plan, report={**plan.report, **facts})
+            if facts["met"] or attempt == _ROUNDS:
+                break
+            asked_ms *= min(allowed_ms / small.median_ms, 0.98)
+            try:
+                tighter = self._within(milestone, alive, saliency, asked_ms)
+            except HalpError:
+                break  # nothing faster is left; the report says that the budget is missed
+            gap = max(0.0, (bound - tighter.value) / max(bound, 1e-300))
+            plan = replace(tighter, budget_ms=target_ms, gap=gap)
+        return plan
+
+
+def _least(units: int, share: float) -> int:
+    return int(np.ceil(share * units - 1e-9))
+
+
+def plan_to_text(plan: Plan) -> str:
+    """A plan as JSON, without its groups."""
+    data: dict[str, Any] = {name: float(getattr(plan, name)) for name in _NUMBERS}
+    data["units"] = [u.tolist() for u in plan.units]
+    data["solver"] = plan.solver
+    data["report"] = dict(plan.report)
+    return json.dumps(data, default=float)
+
+
+def plan_from_text(text: str, groups: ChannelGroups) -> Plan:
+    """The plan that `plan_to_text` was given, of these groups."""
+    data = json.loads(text)
+    units = tuple(np.array(u, dtype=np.int64) for u in data["units"])
+    return Plan(
+        kept=kept_indices(groups, units),
+        units=units,
+        solver=str(data["solver"]),
+        groups=groups,
+        report=data["report"],
+        **{name: float(data[name]) for name in _NUMBERS},
+    )

@@ -1,0 +1,200 @@
+"""Knowledge distillation: a pruned network learns from the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from halp_fx.api import plan_of
+from halp_fx.errors import InputError
+from halp_fx.passes.rules.scope import output_dims
+
+__all__ = ["Distillation", "distillation_loss"]
+
+
+def distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    target: torch.Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    alpha: float = 0.9,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """`alpha * T**2 * KL(teacher / T, student / T) + (1 - alpha) * cross entropy(target)`.
+
+    After Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network (2015), section 2;
+    T**2 keeps the gradients' size when the temperature changes. No gradient goes to the teacher.
+
+    Args:
+        student_logits: (N, classes, ...).
+        teacher_logits: the same shape.
+        target: classes (N, ...) or probabilities (N, classes, ...). None: the teacher alone.
+        temperature: T, above 0.
+        alpha: share of the teacher, 0 to 1; without a target it counts in full.
+        label_smoothing: of the cross entropy.
+
+    Returns:
+        A scalar, the mean over samples (and positions).
+
+    Raises:
+        InputError: shapes that differ, or a setting out of range.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0]])
+        >>> float(distillation_loss(logits, logits))
+        0.0
+    """
+    if student_logits.shape != teacher_logits.shape or student_logits.ndim < 2:
+        raise InputError(
+            f"student_logits are {tuple(student_logits.shape)} and teacher_logits "
+            f"{tuple(teacher_logits.shape)}: both must be (N, classes, ...)"
+        )
+    _check_settings(temperature, alpha)
+    student = F.log_softmax(student_logits / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=1)
+    each = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+    soft = each.mean() * temperature**2
+    if target is None:
+        return soft
+    hard = F.cross_entropy(student_logits, target, label_smoothing=label_smoothing)
+    return alpha * soft + (1 - alpha) * hard
+
+
+class Distillation:
+    """Loss of a pruned network beside its dense teacher: by logits, and by features where asked.
+
+    Args:
+        teacher: the dense network. It is used in eval mode and without gradients, and left in its
+            own mode. The model that was given to `GradualPruner` or `compile` is one as it is.
+        temperature, alpha, label_smoothing: as in `distillation_loss`.
+        features: layers with weights (convolution, linear, batch norm) whose outputs are compared
+            on the channels that survive: names, or a dict from name to weight. A layer that is
+            gone by now is left out.
+
+    Example:
+        >>> import halp_fx
+        >>> dense = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 5))
+        >>> x = torch.rand(2, 3, 8, 8)
+        >>> pruned = halp_fx.compile(dense, 0.5, x, latency="analytic")
+        >>> distillation = Distillation(dense, features=["0"])
+        >>> output, loss = distillation(pruned, x, torch.tensor([1, 4]))
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        *,
+        temperature: float = 4.0,
+        alpha: float = 0.9,
+        label_smoothing: float = 0.0,
+        features: Iterable[str] | Mapping[str, float] = (),
+    ) -> None:
+        _check_settings(temperature, alpha)
+        names = [features] if isinstance(features, str) else features
+        self.features = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+        layers = dict(teacher.named_modules())
+        for name in self.features:
+            if not isinstance(getattr(layers.get(name), "weight", None), torch.Tensor):
+                raise InputError(
+                    f"features has {name!r}, which is no layer with weights of "
+                    f"{type(teacher).__name__}: pass names of convolutions, linear layers or norms"
+                )
+        self.teacher = teacher
+        self.temperature, self.alpha = temperature, alpha
+        self.label_smoothing = label_smoothing
+
+    def __call__(
+        self, student: nn.Module, inputs: Any, target: torch.Tensor | None = None
+    ) -> tuple[Any, torch.Tensor]:
+        """The student's output and the loss to call `backward()` on.
+
+        Args:
+            student: the pruned network, `pruner.model` for instance; it may be wrapped.
+            inputs: a tensor or a tuple, for both networks.
+            target: as in `distillation_loss`.
+        """
+        given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        network = _network_in(student) if self.features else student
+        with torch.no_grad(), _in_eval(self.teacher), _outputs(self.teacher, self.features) as seen:
+            expected = self.teacher(*given)
+        with _outputs(network, self.features) as own:
+            output = student(*given)
+        loss = distillation_loss(
+            output, expected, target, temperature=self.temperature, alpha=self.alpha,
+            label_smoothing=self.label_smoothing,
+        )  # fmt: skip
+        for name, weight in self.features.items():
+            if name in own and name in seen:
+                loss = loss + weight * self._difference(network, name, own[name], seen[name])
+        return output, loss
+
+    def _difference(
+        self, network: nn.Module, name: str, own: torch.Tensor, seen: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean squared difference on surviving channels, relative to the teacher's mean square."""
+        layer = self.teacher.get_submodule(name)
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        index = plan_of(network).kept[f"{name}.weight"][output_dims(layer, weight)[0]]
+        if index is not None:
+            dim = -1 if isinstance(layer, (nn.Linear, nn.LayerNorm, nn.Embedding)) else 1
+            seen = seen.index_select(dim, index.to(seen.device))
+        size = seen.square().mean().clamp_min(1e-12)
+        return F.mse_loss(own, seen.to(own.dtype)) / size
+
+
+def _check_settings(temperature: float, alpha: float) -> None:
+    if not temperature > 0:
+        raise InputError(f"temperature is {temperature!r}: pass a number above 0")
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha is {alpha!r}: pass the teacher's share, from 0 to 1")
+
+
+def _network_in(student: nn.Module) -> nn.Module:
+    """The pruned network inside of wrappers."""
+    found = [m for m in student.modules() if isinstance(m, fx.GraphModule) and "halp_fx" in m.meta]
+    if not found:
+        raise InputError(
+            f"the student ({type(student).__name__}) has no plan, which tells the channels of "
+            "features: pass pruner.model, or what halp_fx.compile or halp_fx.load gave"
+        )
+    return found[0]
+
+
+@contextmanager
+def _outputs(network: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Collects what these layers give while the context is open."""
+    seen: dict[str, torch.Tensor] = {}
+    layers = dict(network.named_modules())
+    hooks = []
+
+    def keep(name: str) -> Any:
+        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG001
+            seen[name] = output
+
+        return hook
+
+    try:
+        hooks += [layers[n].register_forward_hook(keep(n)) for n in names if n in layers]
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _in_eval(network: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,268 @@
+"""Taylor scores from the gradients that a training loop computes anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from halp_fx.errors import InputError, SaliencyError
+from halp_fx.passes.rules.structure import tensor_at
+from halp_fx.passes.saliency import score
+from halp_fx.training.processes import sum_up
+from halp_fx.types import ChannelGroups, FloatArray, Group, IntArray, Member, Saliency
+
+__all__ = ["TaylorScores", "alive_groups"]
+
+_Kept = Mapping[str, tuple[torch.Tensor | None, ...]]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Slices of one parameter that belong to the units of a group."""
+
+    parameter: nn.Parameter
+    dim: int
+    index: torch.Tensor  # (units alive, width) int64: positions along `dim`
+
+
+class TaylorScores:
+    """Scores of all units, gathered minibatch by minibatch.
+
+    A minibatch's score is HALP's first-order Taylor score (NeurIPS 2022, section 3.1),
+    `|sum over the coupled layers of gamma * dgamma + beta * dbeta|`, of the gradients as they
+    are; groups without batch norm use `|sum of W * dW|` over the filters that make the channel.
+    Minibatches with scores that are not finite are skipped, group by group.
+
+    Args:
+        groups: of the dense network.
+        smoothing: None averages the minibatches since the last choice; a number from 0 to below
+            1 is the weight of the past in a moving average that goes on over choices.
+    """
+
+    def __init__(self, groups: ChannelGroups, smoothing: float | None) -> None:
+        self.groups = groups
+        self.smoothing = smoothing
+        self._sources = [_scored_members(groups, g) for g in groups.groups]
+        self._parts: list[list[_Part]] = []
+        self._alive: list[torch.Tensor] = []
+        self.totals: list[torch.Tensor] = []  # (units of the dense group,) float64 each
+        self.weights: list[torch.Tensor] = []  # () float64 each
+        self.batches = 0
+        # Scores at the last choice, relative to the mean of all units: (units,) a group.
+        self.relative: list[FloatArray] = [np.zeros(n) for n in groups.dense_units]
+
+    def follow(self, network: fx.GraphModule, units: Sequence[IntArray], kept: _Kept) -> None:
+        """Read the gradients of this network from now on; units that are gone are forgotten."""
+        device = next(network.parameters()).device
+        self._alive = [torch.from_numpy(u).to(device) for u in units]
+        self._parts = [
+            [_part(network, m, own, kept) for m in members if len(own) and not _gone(m, kept)]
+            for members, own in zip(self._sources, units, strict=True)
+        ]
+        if not self.totals:
+            self.totals = [
+                torch.zeros(n, dtype=torch.float64, device=device) for n in self.groups.dense_units
+            ]
+            self.weights = [
+                torch.zeros((), dtype=torch.float64, device=device) for _ in self.totals
+            ]
+        self._move(device)
+        for total, alive in zip(self.totals, self._alive, strict=True):
+            remaining = total[alive]
+            total.zero_()
+            total[alive] = remaining
+
+    def add(self, scale: float) -> None:
+        """Take the gradients of one minibatch in; they are `scale` times the loss's.
+
+        Raises:
+            InputError: there are no gradients at all.
+            SaliencyError: a group gets none.
+        """
+        self._check_gradients()
+        keep = 1.0 if self.smoothing is None else self.smoothing
+        gain = 1.0 if self.smoothing is None else 1.0 - self.smoothing
+        self._move(next(part.parameter.device for parts in self._parts for part in parts))
+        each = zip(self._parts, self._alive, self.totals, self.weights, strict=True)
+        for parts, alive, total, weight in each:
+            if not parts:
+                continue
+            value = torch.stack([_products(part) for part in parts]).sum(0).abs()
+            value = value / scale
+            # No branch on the values: that would wait for the device in every step.
+            fine = torch.isfinite(value).all()
+            new = total.index_select(0, alive) * keep + value * gain
+            total[alive] = torch.where(fine, new, total.index_select(0, alive))
+            weight.copy_(torch.where(fine, weight * keep + gain, weight))
+        self.batches += 1
+
+    def saliency(
+        self, units: Sequence[IntArray], masked: Sequence[IntArray] | None = None
+    ) -> Saliency:
+        """The scores of these units, one array a group, averaged over all processes.
+
+        Args:
+            masked: units of each group whose gradients say nothing, since they have no effect now.
+                They keep the score that they had last, relative to the mean of all others.
+
+        Raises:
+            InputError: no minibatch was taken in since the last choice.
+            SaliencyError: they are not finite in any minibatch, or all zero in a group.
+        """
+        totals, weights = [t.clone() for t in self.totals], [w.clone() for w in self.weights]
+        batches = torch.full_like(weights[0], self.batches)
+        sum_up([*totals, *weights, batches])
+        if not float(batches):
+            raise InputError(
+                "no gradients were scored since the last milestone: call pruner.after_backward() "
+                "after loss.backward()"
+            )
+        scores: list[FloatArray] = []
+        each = zip(self.groups.groups, units, self._parts, totals, weights, strict=True)
+        for group, own, parts, total, weight in each:
+            if len(own) and parts and not float(weight):
+                raise SaliencyError(
+                    f"the Taylor saliency of group {group.name!r} is not finite in any of "
+                    f"{self.batches} minibatches: check the loss for NaN or infinity"
+                )
+            scores.append(total.cpu().numpy()[own] / max(float(weight), 1e-300))
+        self._recall(scores, units, masked)
+
+        def taylor(_: ChannelGroups) -> list[FloatArray]:
+            return scores
+
+        return replace(score(alive_groups(self.groups, units), method=taylor), data_free=False)
+
+    def _recall(
+        self,
+        scores: list[FloatArray],
+        units: Sequence[IntArray],
+        masked: Sequence[IntArray] | None,
+    ) -> None:
+        """Give masked units their last score, and note what all have now; both relative."""
+        effective = [np.ones(len(s), dtype=bool) for s in scores]
+        for own, hidden in zip(effective, masked or (), strict=masked is not None):
+            own[hidden] = False  # nothing is cut while there is a mask: units are positions
+        seen = np.concatenate([s[own] for s, own in zip(scores, effective, strict=True)])
+        mean = float(seen.mean()) if len(seen) else 0.0
+        for g, (score_, own, alive) in enumerate(zip(scores, effective, units, strict=True)):
+            score_[~own] = self.relative[g][alive][~own] * mean
+            if mean > 0:
+                self.relative[g][alive] = score_ / mean
+
+    def start_again(self) -> None:
+        """Forget the minibatches that a plain average has seen; a moving one goes on."""
+        if self.smoothing is None:
+            for tensor in (*self.totals, *self.weights):
+                tensor.zero_()
+        self.batches = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only."""
+        return {
+            "totals": [t.detach().cpu().clone() for t in self.totals],
+            "weights": [w.detach().cpu().clone() for w in self.weights],
+            "batches": self.batches,
+            "relative": [torch.from_numpy(r.copy()) for r in self.relative],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What `state_dict` gave, for the same groups."""
+        for own, saved in zip(self.totals, state["totals"], strict=True):
+            own.copy_(saved)
+        for own, saved in zip(self.weights, state["weights"], strict=True):
+            own.copy_(saved)
+        self.batches = int(state["batches"])
+        self.relative = [r.cpu().numpy().copy() for r in state["relative"]]
+
+    def _move(self, device: torch.device) -> None:
+        """Follow a network that was moved to another device."""
+        if all(t.device == device for t in (*self.totals, *self._alive)):
+            return
+        self.totals = [t.to(device) for t in self.totals]
+        self.weights = [w.to(device) for w in self.weights]
+        self._alive = [own.to(device) for own in self._alive]
+        self._parts = [
+            [replace(part, index=part.index.to(device)) for part in parts] for parts in self._parts
+        ]
+
+    def _check_gradients(self) -> None:
+        without = [
+            group.name
+            for group, parts in zip(self.groups.groups, self._parts, strict=True)
+            if parts and all(part.parameter.grad is None for part in parts)
+        ]
+        if not without:
+            return
+        if len(without) == sum(bool(parts) for parts in self._parts):
+            raise InputError(
+                "no gradients: call after_backward() after loss.backward() and before "
+                "optimizer.zero_grad(), with a loss of pruner.model's output"
+            )
+        raise SaliencyError(
+            f"no gradient reaches the group {without[0]!r}: its layers are frozen, or the loss "
+            f"does not depend on them. Leave it whole with exclude=[{without[0]!r}], or train it"
+        )
+
+
+def alive_groups(groups: ChannelGroups, units: Sequence[IntArray]) -> ChannelGroups:
+    """The groups with only these units, to choose from; their numbers count from 0 anew."""
+    return replace(
+        groups,
+        groups=tuple(
+            replace(g, units=len(own)) for g, own in zip(groups.groups, units, strict=True)
+        ),
+        unit_components=tuple(c[own] for c, own in zip(groups.unit_components, units, strict=True)),
+    )
+
+
+def _scored_members(groups: ChannelGroups, group: Group) -> list[Member]:
+    """The parameters whose products with their gradients are summed for a group."""
+    module = groups.traced.module
+    norms = {
+        f"{path}.{leaf}"
+        for path, part in module.named_modules()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm)
+        for leaf in ("weight", "bias")
+    }
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    rows = [m for m in group.members if m.dim == 0]
+    weights = [m for m in rows if len(groups.parameters[m.name].extents) > 1]
+    members = [m for m in rows if m.name in norms] or weights or rows or list(group.members)
+    unique = {id(parameters[m.name]): m for m in reversed(members) if m.name in parameters}
+    return list(reversed(unique.values()))
+
+
+def _gone(member: Member, kept: _Kept) -> bool:
+    """Whether the parameter went with a branch that was dropped whole."""
+    return any(index is not None and not len(index) for index in kept[member.name])
+
+
+def _part(network: fx.GraphModule, member: Member, units: IntArray, kept: _Kept) -> _Part:
+    parameter = tensor_at(network, member.name)
+    assert isinstance(parameter, nn.Parameter)
+    index = member.index[units]
+    survivors = kept[member.name][member.dim]
+    if survivors is not None:
+        index = np.searchsorted(survivors.numpy(), index)
+    return _Part(parameter, member.dim, torch.from_numpy(index).to(parameter.device))
+
+
+def _products(part: _Part) -> torch.Tensor:
+    """Sum of `W * dW` over all that each unit owns, float64 (units alive,)."""
+    gradient = part.parameter.grad
+    if gradient is None:
+        return torch.zeros(len(part.index), dtype=torch.float64, device=part.index.device)
+    if gradient.is_sparse:
+        gradient = gradient.to_dense()
+    weight = part.parameter.detach()
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        weight = weight.float()
+    product = (weight * gradient.detach().to(weight.dtype)).movedim(part.dim, 0)
+    rows = product.reshape(product.shape[0], -1).sum(1, dtype=torch.float64)
+    return rows[part.index].sum(1)

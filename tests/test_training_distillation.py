@@ -1,0 +1,189 @@
+"""Distillation and the small training loop."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import halp_fx
+from halp_fx.errors import InputError
+from halp_fx.training import Distillation, GradualPruner, distillation_loss, fine_tune
+from tests.training_networks import batches, digits, example, network
+
+
+def _logits(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_loss_is_the_formula() -> None:
+    student, teacher = _logits(0, 5, 4), _logits(1, 5, 4)
+    target = torch.tensor([0, 1, 2, 3, 0])
+    p, q = (teacher / 3).softmax(1), (student / 3).softmax(1)
+    soft = 9 * (p * (p / q).log()).sum(1).mean()
+    hard = -student.log_softmax(1)[torch.arange(5), target].mean()
+    ours = distillation_loss(student, teacher, target, temperature=3, alpha=0.7)
+    torch.testing.assert_close(ours, 0.7 * soft + 0.3 * hard)
+    torch.testing.assert_close(distillation_loss(student, teacher, temperature=3), soft)
+    smooth = distillation_loss(student, teacher, target, alpha=0.0, label_smoothing=0.1)
+    torch.testing.assert_close(smooth, F.cross_entropy(student, target, label_smoothing=0.1))
+
+
+def test_maps_of_logits_count_by_position() -> None:
+    student, teacher = _logits(0, 2, 4, 3, 3), _logits(1, 2, 4, 3, 3)
+    flat = [x.movedim(1, -1).reshape(-1, 4) for x in (student, teacher)]
+    torch.testing.assert_close(distillation_loss(student, teacher), distillation_loss(*flat))
+
+
+def test_no_gradient_goes_to_the_teacher() -> None:
+    student, teacher = _logits(0, 2, 4).requires_grad_(), _logits(1, 2, 4).requires_grad_()
+    distillation_loss(student, teacher).backward()
+    assert student.grad is not None and teacher.grad is None
+
+
+def _pruned(model: nn.Module) -> Any:
+    return halp_fx.compile(model, 0.5, example(), latency="analytic", drop_blocks=False)
+
+
+def test_features_are_compared_on_the_channels_that_survive() -> None:
+    model = network().eval()
+    small = _pruned(model).eval()
+    names = ["0", "3.bn1", "5", "8.conv1", "11"]
+    images, target = batches(1)[0]
+    distillation = Distillation(model, features=names, alpha=0.5)
+    output, loss = distillation(small, images, target)
+    expected = distillation_loss(output, model(images), target, alpha=0.5)
+    kept = halp_fx.plan_of(small).kept
+
+    def outputs(net: nn.Module) -> dict[str, torch.Tensor]:
+        seen: dict[str, torch.Tensor] = {}
+        for name in names:
+            net.get_submodule(name).register_forward_hook(
+                lambda layer, inputs, output, name=name: seen.__setitem__(name, output)
+            )
+        net(images)
+        return seen
+
+    own, seen = outputs(small), outputs(model)
+    assert any(own[n].shape != seen[n].shape for n in names)
+    for name in names:
+        index = kept[f"{name}.weight"][0]
+        theirs = seen[name] if index is None else seen[name].index_select(1, index)
+        expected = expected + ((own[name] - theirs) ** 2).mean() / (theirs**2).mean()
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(output, small(images))
+
+
+def test_a_network_that_is_the_teacher_differs_in_nothing() -> None:
+    model = network().eval()
+    same = halp_fx.compile(model, 1.0, example(), latency="analytic").eval()
+    _, loss = Distillation(model, features=["0", "8.conv1"])(same, batches(1)[0][0])
+    assert float(loss.detach()) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_teacher_is_left_as_it_was() -> None:
+    model = network()
+    model[1].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    distillation = Distillation(model, features=["0"])
+    _, loss = distillation(_pruned(model).train(), *batches(1)[0])
+    loss.backward()
+    assert model.training and not model[1].training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_features_follow_a_network_that_shrinks() -> None:
+    model = network()
+    pruner = GradualPruner(model, 0.12, example(), steps=4, every=1, latency="analytic",
+                           min_share=0.3)  # fmt: skip
+    optimizer = torch.optim.SGD(pruner.model.parameters(), 0.01)
+    distillation = Distillation(model, features={"0": 1.0, "3.conv1": 0.5, "8.bn2": 0.1})
+    assert len(fine_tune(pruner, batches(4), distillation, optimizer=optimizer)) == 1
+    assert pruner.done
+    assert not [n for n, _ in pruner.network.named_parameters() if n.startswith("3.")]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: distillation_loss(_logits(0, 2, 3), _logits(0, 2, 4)), r"student_logits are \(2"),
+        (lambda: distillation_loss(_logits(0, 2, 3), _logits(0, 2, 3), alpha=2), "alpha is 2"),
+        (lambda: Distillation(network(), temperature=0), "temperature is 0: pass a number above"),
+        (lambda: Distillation(network(), features=["2"]), "features has '2', which is no layer"),
+        (lambda: Distillation(network(), features="conv"), "features has 'conv', which is no"),
+        (
+            lambda: Distillation(network(), features=["0"])(network(), example()),
+            r"the student \(Sequential\) has no plan",
+        ),
+        (lambda: fine_tune(network(), [], F.cross_entropy), "data has no minibatches in epoch 1"),
+        (lambda: fine_tune(network(), [], F.cross_entropy, epochs=-1), "epochs is -1: pass a"),
+        (
+            lambda: fine_tune(network(), [], F.cross_entropy, scheduler=object()),
+            "scheduler was given without optimizer",
+        ),
+        (
+            lambda: fine_tune(network(), batches(1), lambda o, t: o.sum() * math.nan),
+            "the loss is nan in minibatch 1 of epoch 1",
+        ),
+    ],
+)
+def test_mistakes(call: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+def test_fine_tune_trains_and_gives_modes_back() -> None:
+    model = network().eval()
+    seen: list[tuple[int, int]] = []
+    data = batches(3)
+    means = fine_tune(
+        model, data, nn.CrossEntropyLoss(label_smoothing=0.1), epochs=4, clip_norm=1.0,
+        progress=lambda epoch, batch, loss: seen.append((epoch, batch)),
+    )  # fmt: skip
+    assert means[-1] < means[0]
+    assert seen == [(e, b) for e in range(1, 5) for b in range(1, 4)]
+    assert not any(m.training for m in model.modules())
+
+
+def test_fine_tune_does_what_a_plain_loop_does() -> None:
+    ours, plain = network(), network()
+    make = lambda net: torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)  # noqa: E731
+    optimizer, other = make(ours), make(plain)
+    schedules = [torch.optim.lr_scheduler.StepLR(o, 2, 0.1) for o in (optimizer, other)]
+    fine_tune(ours, batches(3), F.cross_entropy, optimizer=optimizer, scheduler=schedules[0])
+    for images, classes in batches(3):
+        F.cross_entropy(plain(images), classes).backward()
+        other.step()
+        other.zero_grad()
+        schedules[1].step()
+    pairs = zip(ours.parameters(), plain.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_distillation_recovers_digits() -> None:
+    pytest.importorskip("sklearn")
+    data, (images, classes) = digits()
+    model = network(width=12)
+    loss = nn.CrossEntropyLoss()
+    fine_tune(model, data, loss, optimizer=torch.optim.AdamW(model.parameters(), 5e-3), epochs=5)
+    small = halp_fx.compile(model, 0.4, example(), data=list(data)[:8], loss=loss,
+                            latency="analytic")  # fmt: skip
+
+    def accuracy(net: nn.Module) -> float:
+        with torch.no_grad():
+            return float((net.eval()(images).argmax(1) == classes).float().mean())
+
+    before = accuracy(small)
+    halp_fx.recalibrate(small, data)
+    recalibrated = accuracy(small)
+    optimizer = torch.optim.AdamW(small.parameters(), 2e-3)
+    fine_tune(small, data, Distillation(model, features=["5"]), optimizer=optimizer, epochs=2)
+    assert before < recalibrated
+    assert accuracy(small) > recalibrated + 0.1
+    assert accuracy(small) > accuracy(model) - 0.12
