@@ -65,8 +65,9 @@ def compile(
             channels that come in. Channels stay where they are coupled with others that stay.
         exclude: the output channels of these stay whole, whatever `include` says. A callable is
             asked about each dim of each parameter.
-        exact: pin the channels that LayerNorm and the like take statistics over. Otherwise they
-            may go, and such norms take their statistics over the survivors.
+        exact: pin the channels that LayerNorm and the like (standardised weights, global response
+            norm) take statistics over. Otherwise they may go, and such norms take their
+            statistics over the survivors.
         solver: "joint", proven to be near the best choice; or, to compare with, "halp" (the
             paper's own), "greedy" or "uniform".
         drop_blocks: residual branches may go whole where that pays; the constant that such a

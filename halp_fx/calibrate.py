@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,8 +15,9 @@ from halp_fx.latency import (
     measure_network,
     measure_paired,
 )
-from halp_fx.passes.latency import network_key, price
+from halp_fx.passes.latency import network_key, price, refine
 from halp_fx.passes.rewrite import rewrite
+from halp_fx.passes.rules.counts import Count, parameter_counts, total
 from halp_fx.passes.rules.plan import kept_indices
 from halp_fx.passes.select import unit_steps, widths
 from halp_fx.types import ChannelGroups, IntArray, LatencyModel, Plan
@@ -36,10 +37,11 @@ def calibrate(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Fit `whole = offset + scale * sum of kernels` on networks of random widths, and keep it.
+    """Fit `whole = offset + scale * kernels + rate * weights` on random widths, and keep it.
 
     Each network is measured in turn with the dense one, so that a machine that is slower for a
-    while slows both. The result goes into the source's table, where `halp_fx.compile` finds it.
+    while slows both; its kernels are measured at its widths, as `halp_fx.compile` does. The result
+    goes into the source's table, where `halp_fx.compile` finds it.
 
     Args:
         groups: of the network.
@@ -62,20 +64,28 @@ def calibrate(
     costs = price(groups, source, calibrated=False)
     dense, inputs = groups.traced.module, groups.traced.example_inputs
     usual_ms = measure_network(dense, inputs, backend, samples=_ROUNDS).median_ms
+    weights = parameter_counts(groups)
     sums, times = [costs.dense_ms], [usual_ms]
+    sizes = [_megabytes(weights, groups.dense_units)]
     generator = np.random.default_rng(seed)
     total = networks + held_out
     for done in range(1, total + 1):
         plan = random_plan(groups, costs, generator)
         pruned = rewrite(plan).eval()
         before, after = measure_paired(dense, pruned, backend, inputs, inputs, rounds=_ROUNDS)
-        sums.append(plan.predicted_ms)
+        kept = [len(units) for units in plan.units]
+        sums.append(refine(groups, source, costs, kept).total_ms(kept))
+        sizes.append(_megabytes(weights, kept))
         times.append(after.median_ms * usual_ms / before.median_ms)
         if progress is not None:
             progress(done, total)
-    found = fit_calibration(sums, times, held_out=held_out)
+    found = fit_calibration(sums, times, sizes, held_out=held_out)
     table.put_calibration(network_key(groups, backend.fuses), backend.fingerprint(), found)
     return found
+
+
+def _megabytes(weights: list[Count], kept: Sequence[int]) -> float:
+    return 4e-6 * total(weights, kept)
 
 
 def random_plan(groups: ChannelGroups, costs: LatencyModel, generator: np.random.Generator) -> Plan:

@@ -14,9 +14,20 @@ import networkx as nx
 import numpy as np
 
 from halp_fx.passes.rules.branches import find_branches
-from halp_fx.passes.rules.components import connected_components, least_units, signatures
+from halp_fx.passes.rules.components import (
+    connected_components,
+    least_units,
+    signatures,
+    where_tied,
+)
 from halp_fx.passes.rules.core import FIXED, Block, LabelRun, PinRecord
-from halp_fx.passes.rules.interpret import Snapshot, label_discovery, map_tensors, snapshots_in
+from halp_fx.passes.rules.interpret import (
+    LabelInterpreter,
+    Snapshot,
+    label_discovery,
+    map_tensors,
+    snapshots_in,
+)
 from halp_fx.passes.rules.shrink import Failure, Labelled, shrink
 from halp_fx.passes.rules.source import source_of
 from halp_fx.passes.rules.structure import named_tensors
@@ -80,7 +91,7 @@ def _search(
     if scope is not None:
         run.pins.extend(scope.pins(run.blocks))
     for _ in range(_MAX_TRIALS):
-        found = _Found(traced, work, interpreter.snapshots, own, frozenset(interpreter.held))
+        found = _Found(traced, work, interpreter, own)
         failures = found.trial()
         if not failures:
             return found
@@ -89,7 +100,7 @@ def _search(
     everything = np.arange(1, run.size, dtype=np.int64)
     reason = "the shrunk network could not be made to agree with the labels"
     run.pins.append(PinRecord(everything, "", "", reason))
-    return _Found(traced, work, interpreter.snapshots, own, frozenset(interpreter.held))
+    return _Found(traced, work, interpreter, own)
 
 
 class _Found:
@@ -99,11 +110,10 @@ class _Found:
         self,
         traced: Traced,
         work: WorkLog,
-        snapshots: dict[str, Any],
+        interpreter: LabelInterpreter,
         own: dict[int, dict[int, IntArray]],
-        held: frozenset[str],
     ) -> None:
-        run = work.run
+        run, snapshots = work.run, interpreter.snapshots
         self.traced, self.run, self.snapshots, self.own = traced, run, snapshots, own
         self.work = work
         roots = connected_components(run.size, [(t.left, t.right) for t in run.ties])
@@ -136,7 +146,8 @@ class _Found:
         self.group_of = renumber[group_of]
         self.least = least[order]
         self.components = components
-        self.labelled = Labelled(traced, snapshots, own, components, held)
+        unrun = frozenset(interpreter.held), frozenset(interpreter.blind)
+        self.labelled = Labelled(traced, snapshots, own, components, *unrun)
         self.units = [np.flatnonzero(self.group_of == g) for g in range(len(order))]
 
     def trial(self) -> list[Failure]:
@@ -290,15 +301,20 @@ class _Found:
         first = np.full(self.run.size, -1)
         for i, pin in reversed(list(enumerate(self.run.pins))):
             first[self.roots[pin.labels]] = i
-        last_unit = len(self.run.pins)
-        first[np.flatnonzero(self.stuck)] = last_unit
+        starts = np.array([b.start for b in self.run.blocks])
+        alone = where_tied(self.stuck, self.roots, starts, self.run.ties)
         found: list[Pin] = []
         for block in self.run.blocks:
-            cause = first[self.roots[block.start : block.start + block.size]]
+            roots = self.roots[block.start : block.start + block.size]
+            # Each unit that is alone in its group comes after the pins.
+            cause = np.where(self.stuck[roots], len(self.run.pins) + roots, first[roots])
             for i in np.unique(cause[cause >= 0]):
                 index = np.flatnonzero(cause == i).astype(np.int64)
-                if i == last_unit:
-                    node, reason = "", "the only unit left: without it nothing would remain"
+                if i >= len(self.run.pins):
+                    node, reason = (
+                        alone.get(int(i) - len(self.run.pins), ""),
+                        _why_alone(len(index)),
+                    )
                 else:
                     node, reason = self.run.pins[i].node, self.run.pins[i].reason
                 source = source_of(nodes[node]) if node in nodes else ""
@@ -331,6 +347,12 @@ class _Found:
                 for block_name, dim in [k for k in graph.nodes if k[0] == every[0]]:
                     graph.add_edge((block_name, dim), (other, dim), node="", op="shared", source="")
         return graph
+
+
+def _why_alone(channels: int) -> str:
+    if channels == 1:
+        return "a single channel, without which nothing would remain"
+    return f"its {channels} channels are all tied to each other: without them nothing would remain"
 
 
 def _aliases(traced: Traced) -> dict[str, list[str]]:

@@ -15,12 +15,13 @@ import numpy as np
 
 from halp_fx.errors import LatencyError
 from halp_fx.latency import Analytic, Calibration, Job, Source, Stored, measure_jobs
+from halp_fx.passes.rules.counts import parameter_counts
 from halp_fx.passes.rules.cut import cut, signature
 from halp_fx.passes.rules.grids import Grid, Kept, Probe, probes, steps_of
 from halp_fx.passes.rules.kernels import Part, kernel_parts, roofline
 from halp_fx.types import ChannelGroups, Kernel, LatencyModel
 
-__all__ = ["measurements", "network_key", "price", "refine"]
+__all__ = ["measurements", "network_key", "price", "refine", "weight_costs"]
 
 Progress = Callable[[int, int], None]
 
@@ -55,7 +56,7 @@ def price(
         key = network_key(groups, backend.fuses)
         found = source.table.calibration(key, backend.fingerprint())
     if found is not None:
-        kernels = _calibrated(kernels, found)
+        kernels = _calibrated(kernels, found, groups)
     dense = groups.dense_units
     total = float(sum(float(k.cost(*(a.size(dense) for a in k.axes))) for k in kernels))
     if not kernels or total <= 0:
@@ -122,7 +123,7 @@ def refine(
 
 def _can_refine(kernel: Kernel, kept: Sequence[int]) -> bool:
     involved = {g for axis in kernel.axes for g, _ in axis.parts}
-    return bool(involved) and all(kept[g] for g in involved)
+    return bool(involved and kernel.nodes) and all(kept[g] for g in involved)
 
 
 def _counting(progress: Progress | None) -> Callable[[int, int, str], None] | None:
@@ -179,13 +180,26 @@ class _Droppable:
         return _Droppable(cost.with_point(sizes, ms), self.can_vanish, self.least, self.whole)
 
 
-def _calibrated(kernels: Sequence[Kernel], found: Calibration) -> list[Kernel]:
+def weight_costs(groups: ChannelGroups, ms_per_mb: float) -> list[Kernel]:
+    """What it takes to fetch the weights, as functions of the widths."""
+    return [
+        Kernel("", (), count.axes, _Scaled(count.cost, 4e-6 * ms_per_mb), "weights from memory")
+        for count in parameter_counts(groups)
+    ]
+
+
+def _calibrated(
+    kernels: Sequence[Kernel], found: Calibration, groups: ChannelGroups
+) -> list[Kernel]:
     """Kernels whose sum is what the whole network takes."""
-    scaled = [replace(k, cost=_Calibrated(k.cost, found.scale)) for k in kernels]
-    return [*scaled, Kernel("", (), (), lambda: found.offset_ms, "the rest of the network")]
+    scaled = [replace(k, cost=_Scaled(k.cost, found.scale)) for k in kernels]
+    rest = Kernel("", (), (), lambda: found.offset_ms, "the rest of the network")
+    if not found.weights_ms_per_mb:
+        return [*scaled, rest]
+    return [*scaled, *weight_costs(groups, found.weights_ms_per_mb), rest]
 
 
-class _Calibrated:
+class _Scaled:
     """A cost, scaled."""
 
     def __init__(self, cost: Callable[..., Any], scale: float) -> None:
@@ -194,10 +208,10 @@ class _Calibrated:
     def __call__(self, *sizes: Any) -> Any:
         return self.scale * self.cost(*sizes)
 
-    def with_point(self, sizes: Sequence[int], ms: float) -> _Calibrated:
+    def with_point(self, sizes: Sequence[int], ms: float) -> _Scaled:
         """The same cost with one more measurement, as the kernel alone takes."""
         cost: Any = self.cost
-        return _Calibrated(cost.with_point(sizes, ms), self.scale)
+        return _Scaled(cost.with_point(sizes, ms), self.scale)
 
 
 def _measured(groups: ChannelGroups, source: Source, progress: Progress | None) -> list[Kernel]:

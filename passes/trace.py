@@ -1,8 +1,8 @@
 """trace: a model becomes a graph of module calls, functions and methods (torch.fx).
 
 Requires: an `nn.Module` and inputs that it accepts.
-Ensures: the graph gives the model's outputs; module names, and with them the keys of
-`state_dict()`, are the model's; the model itself is not changed.
+Ensures: the graph gives the model's outputs, as seen on the example; module names, and with them
+the keys of `state_dict()`, are the model's; the model itself is not changed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from halp_fx.errors import InputError, TraceError
+from halp_fx.passes.rules.agreement import difference
 from halp_fx.passes.rules.core import OnMeta, tensors_in
 from halp_fx.passes.rules.structure import (
     detached_copy,
@@ -64,6 +65,13 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Traced:
         if path in opaque:
             own.eval()
     values = _record(root, module, inputs, name)
+    differs = difference(root, module, inputs)
+    if differs is not None:
+        raise TraceError(
+            f"the graph traced of {name} is not the network: {differs}. Its forward decides by "
+            "something that tracing can't see; prune the part that can be traced, with "
+            "halp_fx.compile_core"
+        )
     return Traced(
         module=module,
         example_inputs=inputs,

@@ -157,6 +157,8 @@ class Split(Block):
         super().__init__(shapes, a, b, c)
         self.channels = shapes[0][0]
         self.how = ("chunk", "split", "slice", "strided")[a % 4]
+        if self.channels == 1:  # one channel has no two parts
+            self.how = "slice"
         self.at = max(1, self.channels * (1 + b % 3) // 4)
 
     def forward(self, x: Tensor) -> Any:

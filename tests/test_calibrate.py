@@ -69,6 +69,20 @@ def test_a_line_is_found() -> None:
     assert found.whole_ms(2.0) == pytest.approx(2.5)
 
 
+def test_weights_from_memory() -> None:
+    random = np.random.default_rng(0)
+    sums, weights = random.uniform(1, 5, (2, 16))
+    measured = 0.2 + 1.1 * sums + 0.3 * weights
+    found = fit_calibration(sums, measured, weights, held_out=4)
+    fitted = (found.offset_ms, found.scale, found.weights_ms_per_mb)
+    assert fitted == pytest.approx((0.2, 1.1, 0.3))
+    assert found.whole_ms(2.0, 4.0) == pytest.approx(0.2 + 2.2 + 1.2)
+    few = fit_calibration(sums[:6], measured[:6], weights[:6], held_out=1)
+    assert few.weights_ms_per_mb == 0
+    cheaper = fit_calibration(sums, 1.1 * sums - 0.1 * weights + 2, weights, held_out=4)
+    assert cheaper.weights_ms_per_mb == 0
+
+
 def test_errors_are_of_the_networks_held_out() -> None:
     sums = [1.0, 2.0, 3.0, 4.0, 1.5, 2.5]
     measured = [1.0, 2.0, 3.0, 4.0, 1.5 / 1.2, 2.5 / 1.1]
@@ -101,15 +115,15 @@ def test_too_little_to_fit(
 
 def test_what_is_no_calibration() -> None:
     with pytest.raises(LatencyError, match="can't be used: measure the network again"):
-        Calibration(0.0, -1.0, 3, 1, 0.0, 0.0, 1.0)
+        Calibration(0.0, -1.0, 0.0, 3, 1, 0.0, 0.0, 1.0)
 
 
 def test_the_table_keeps_it(tmp_path: Path) -> None:
-    found = Calibration(0.25, 1.5, 8, 4, 0.01, 0.04, 0.99)
+    found = Calibration(0.25, 1.5, 0.5, 8, 4, 0.01, 0.04, 0.99)
     with LatencyTable.open(tmp_path / "t.sqlite") as table:
         assert table.calibration("net", "device") is None
         table.put_calibration("net", "device", found)
-        table.put_calibration("net", "other", Calibration(0.0, 1.0, 8, 4, 0.0, 0.0, 1.0))
+        table.put_calibration("net", "other", Calibration(0.0, 1.0, 0.0, 8, 4, 0.0, 0.0, 1.0))
     with LatencyTable.open(tmp_path / "t.sqlite") as table:
         assert table.calibration("net", "device") == found
         assert table.calibration("another", "device") is None
@@ -120,12 +134,13 @@ def test_a_table_of_the_version_before_is_taken(tmp_path: Path) -> None:
     LatencyTable.open(path).close()
     connection = sqlite3.connect(path)
     connection.execute("DROP TABLE calibrations")
+    connection.execute("DROP TABLE reference_times")
     connection.execute("UPDATE meta SET value = '1' WHERE name = 'schema_version'")
     connection.commit()
     connection.close()
     with LatencyTable.open(path) as table:
         assert table.calibration("net", "device") is None
-        table.put_calibration("net", "device", Calibration(0.0, 1.0, 8, 4, 0.0, 0.0, 1.0))
+        table.put_calibration("net", "device", Calibration(0.0, 1.0, 0.0, 8, 4, 0.0, 0.0, 1.0))
 
 
 def test_networks_of_random_widths_are_measured_whole() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, example, given, note, settings
 from torch import fx
 
 from halp_fx.errors import NothingToPruneError
@@ -44,8 +44,18 @@ def _settings(quick: int) -> settings:
     )
 
 
+_ONE_CHANNEL = {
+    "seed": 187,
+    "image": [1, 8],
+    "steps": [["split", 1, 0, how, 0, 0] for how in range(4)],
+    "output": "dict",
+    "head": "pool",
+}
+
+
 @_settings(quick=40)
 @given(spec=specs())
+@example(spec=_ONE_CHANNEL)  # the image itself is split, which has one channel
 def test_specs_make_networks(spec: dict[str, Any]) -> None:
     """They survive JSON, run at two batch sizes, stay finite, and torch.fx traces them."""
     model, inputs = build(json.loads(json.dumps(spec)))

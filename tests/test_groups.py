@@ -128,6 +128,67 @@ def test_a_unit_of_a_grouped_convolution_is_a_convolution_group() -> None:
     assert by_name["out.weight", 1] == triples
 
 
+class Attending(nn.Module):
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.heads, self.width = heads, width
+        self.q, self.k, self.v = (nn.Linear(6, heads * width) for _ in range(3))
+        self.out = nn.Linear(heads * width, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, self.width)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "rows", "together"),
+    [
+        # The channels of each head: the same place in every head goes; values on their own.
+        (2, 4, [[0, 4], [1, 5], [2, 6], [3, 7]], [{"q", "k"}, {"v", "out"}]),
+        # Whole heads.
+        (4, 2, [[0, 1], [2, 3], [4, 5], [6, 7]], [{"q", "k", "v", "out"}]),
+    ],
+)
+def test_heads_or_their_channels_go(
+    heads: int, width: int, rows: list[list[int]], together: list[set[str]]
+) -> None:
+    groups = groups_of(Attending(heads, width), torch.randn(2, 5, 6)).groups
+    assert [{m.name.split(".")[0] for m in g.members} for g in groups] == together
+    assert all(m.index.tolist() == rows for g in groups for m in g.members)
+
+
+class Windows(nn.Module):
+    """Neighbours are added, so that all eight channels stand or fall together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.two, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), nn.Conv2d(2, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.a(x)
+        x = torch.cat([x[:, :-1] + x[:, 1:], x[:, :1]], 1)
+        y = self.two(x)
+        return self.out(y * y.flip(1))
+
+
+def test_a_unit_that_is_alone_says_who_made_it_one() -> None:
+    groups = groups_of(Windows())
+    assert groups.groups == ()
+    pins = {(pin.name, pin.dim): pin for pin in groups.pins}
+    first, second = pins["a.weight", 0], pins["two.weight", 0]
+    assert first.node == "add"
+    assert first.reason == (
+        "its 8 channels are all tied to each other: without them nothing would remain"
+    )
+    assert "x = torch.cat([x[:, :-1] + x[:, 1:], x[:, :1]], 1)" in first.source
+    assert pins["a.bias", 0].node == pins["two.weight", 1].node == "add"
+    assert (second.node, second.reason[:14]) == ("mul", "its 2 channels")
+    assert "y * y.flip(1)" in second.source
+
+
 def test_flattened_channels_own_several_columns() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4, 2))
     assert_text(

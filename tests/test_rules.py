@@ -30,6 +30,7 @@ from halp_fx.passes.rules.core import (
     register,
     rule_for,
     set_labels,
+    set_stored,
     tensors_in,
 )
 from halp_fx.passes.rules.pointwise import pointwise
@@ -48,6 +49,7 @@ class T:
     dims: tuple[int, ...] = (1,)
     dtype: torch.dtype = torch.float32
     values: Any = None  # known values of an index
+    stored: bool = False  # it is a parameter, or computed from parameters alone
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,24 @@ ROWS: dict[str, Row] = {
     "conv1d": Row(
         F.conv1d, (T((2, 2, 8)), T((3, 2, 3), (0, 1))), {1: [3, 4, 5]}, [(1, 6), (2, 7)]
     ),
+    "conv1d of kernel 1 over other channels": Row(
+        F.conv1d, (T((2, 2, 4), (1, 2)), T((3, 2, 1), (0, 1))), {1: [7, 8, 9], 2: [3, 4, 5, 6]},
+        [(1, 10), (2, 11)],
+    ),
+    "conv1d by steps over other channels": Row(
+        lambda x, w: F.conv1d(x, w, stride=2),
+        (T((2, 2, 4), (2,)), T((3, 2, 1), ())), {}, pinned=SAME,
+    ),
+    "conv1d with a border of other channels": Row(
+        lambda x, w: F.conv1d(x, w, padding=1),
+        (T((2, 2, 4), (2,)), T((3, 2, 1), ())), {}, pinned=SAME,
+    ),
+    "conv1d of kernel 3 over other channels": Row(
+        F.conv1d, (T((2, 2, 4), (2,)), T((3, 2, 3), ())), {}, pinned=SAME,
+    ),
+    "conv_transpose1d of kernel 1 over other channels": Row(
+        F.conv_transpose1d, (T((2, 2, 4), (2,)), T((2, 3, 1), (1,))), {1: [5, 6, 7], 2: SAME}
+    ),
     "linear": Row(
         F.linear, (TOKENS, T((2, 4), (0, 1))), {2: [5, 6]},
         [(1, 7), (2, 8), (3, 9), (4, 10)],
@@ -262,6 +282,23 @@ ROWS: dict[str, Row] = {
         lambda x, m, w: F.batch_norm(x, m, m, w), (X, VEC, VEC), {1: SAME},
         [(1, 5, 9), (2, 6, 10), (3, 7, 11), (4, 8, 12)],
     ),
+    "batch_norm of tokens": Row(
+        lambda x, m: F.batch_norm(x, m, m),
+        (T((2, 5, 4), (2,)), T((5,), ())), {2: SAME}
+    ),
+    "instance_norm of tokens": Row(F.instance_norm, (TOKENS,), {2: SAME}, pinned=SAME),
+    "weight standardisation": Row(
+        lambda w: F.batch_norm(w.reshape(1, 2, -1), None, None, training=True).reshape_as(w),
+        (T((2, 4, 3, 3), (0, 1), stored=True),),
+        {0: [1, 2], 1: [3, 4, 5, 6]},
+    ),
+    "weight standardisation exact": Row(
+        lambda w: F.batch_norm(w.reshape(1, 2, -1), None, None, training=True).reshape_as(w),
+        (T((2, 4, 3, 3), (0, 1), stored=True),),
+        {0: [1, 2], 1: [3, 4, 5, 6]},
+        pinned=[3, 4, 5, 6],
+        exact=True,
+    ),
     "layer_norm": Row(
         lambda x, w: F.layer_norm(x, (4,), w, w), (TOKENS, VEC), {2: SAME}, PAIRS
     ),
@@ -284,6 +321,28 @@ ROWS: dict[str, Row] = {
     "mean over space": Row(lambda x: x.mean((2, 3)), (X,), {1: SAME}),
     "mean keepdim": Row(lambda x: x.mean((2, 3), keepdim=True), (X,), {1: SAME}),
     "mean over channels": Row(lambda x: x.mean(1), (X,), {}, pinned=SAME),
+    "divided by its own mean": Row(
+        lambda x: x / (x.mean(1, keepdim=True) + 1e-6).clamp(min=0.1), (X,), {1: SAME}
+    ),
+    "divided by its own mean exact": Row(
+        lambda x: x / x.mean(1, keepdim=True), (X,), {1: SAME}, pinned=SAME, exact=True
+    ),
+    "divided by another's mean": Row(
+        lambda x, y: x / y.mean(1, keepdim=True), (X, Y), {1: SAME}, pinned=_seq(5, 9)
+    ),
+    "less its own mean": Row(
+        lambda x: x - x.mean(1, keepdim=True), (X,), {1: SAME}, pinned=SAME
+    ),
+    "its own mean divided": Row(
+        lambda x: x.mean(1, keepdim=True) / x, (X,), {1: SAME}, pinned=SAME
+    ),
+    "divided by its own mean, and more": Row(
+        lambda x: x / (mean := x.mean(1, keepdim=True)) * torch.sigmoid(mean), (X,), {1: SAME},
+        pinned=SAME,
+    ),
+    "divided by its own sum": Row(
+        lambda x: x / x.sum(1, keepdim=True), (X,), {1: SAME}, pinned=SAME
+    ),
     "sum of all": Row(lambda x: x.sum(), (X,), {}, pinned=SAME),
     "max over channels": Row(lambda x: x.max(1)[0], (X,), {}, pinned=SAME),
     "amax over space": Row(lambda x: x.amax((-2, -1)), (X,), {1: SAME}),
@@ -336,6 +395,8 @@ def _run(row: Row) -> Outcome:
     for i, spec in enumerate(row.tensors):
         tensor = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
         set_labels(tensor, {d: run.new_block(f"t{i}", d, spec.shape[d]) for d in spec.dims})
+        if spec.stored:
+            set_stored(tensor)
         if spec.values is not None:
             tensor._halp_values = np.array(spec.values)  # type: ignore[attr-defined]
         tensors.append(tensor)
@@ -383,16 +444,36 @@ def test_pins_have_a_reason(name: str, reason: str) -> None:
     assert any(reason in r for r in reasons), reasons
 
 
-def test_norms_over_channels_are_noted() -> None:
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x: F.layer_norm(x, (4,)),
+        lambda x: F.group_norm(x, 1),
+        lambda x: x / x.mean(1, keepdim=True),
+    ],
+)
+def test_norms_over_channels_are_noted(norm: Callable[[Tensor], Tensor]) -> None:
     run = LabelRun()
-    run.node = "ln"
+    run.node = "norm"
     x = torch.empty(2, 4, device="meta")
     set_labels(x, {1: run.new_block("x", 1, 4)})
     with LabelMode(run):
-        F.layer_norm(x, (4,))
+        norm(x)
     ((labels, node),) = run.inexact
-    assert (labels.tolist(), node) == (SAME, "ln")
+    assert (labels.tolist(), node) == (SAME, "norm")
     assert run.pins == []
+
+
+def test_a_mean_that_must_stay_pins() -> None:
+    run = LabelRun()
+    x = torch.empty(2, 4, device="meta")
+    set_labels(x, {1: run.new_block("x", 1, 4)})
+    with LabelMode(run):
+        mean = x.mean(1, keepdim=True)
+    assert run.pins == []
+    run.pin_tensor(mean, "output of the network")
+    (pin,) = run.pins
+    assert (pin.labels.tolist(), pin.reason) == (SAME, "mean reads all channels")
 
 
 # The registry ---------------------------------------------------------------------------------

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import halp_fx
+from halp_fx.passes.groups import find_groups
+from halp_fx.passes.trace import trace
+from halp_fx.tools.coverage_worker import prunable_share
 from tests import oracle
 from tests.pruning import compile_within
 
@@ -28,6 +31,7 @@ class Case:
 CASES = {
     "convnext_atto": Case(norm_stats=True),
     "edgenext_xx_small": Case(64, norm_stats=True),
+    "efficientvim_m1": Case(64, norm_stats=True, below=0.8),
     "ghostnet_050": Case(),
     "levit_128s": Case(224, below=0.9),
     "mixer_s32_224": Case(64, {"img_size": 64}, norm_stats=True),
@@ -58,3 +62,21 @@ def test_half_the_latency(name: str) -> None:
     assert plan.predicted_ms <= 1.03 * max(plan.budget_ms, 0.5 * plan.dense_ms)
     assert oracle.shrunk(model, pruned) < case.below
     oracle.assert_exact(model, pruned, (image,), norm_stats=case.norm_stats)
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("convnextv2_atto", 0.9),  # the means of its global response norm
+        ("nfnet_l0", 0.95),  # standardised weights
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_share_that_may_go(name: str, least: float) -> None:
+    """Of the output channels of convolutions and linear layers, the classifier's left out."""
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
+    model = timm.create_model(name, num_classes=4).eval()
+    groups = find_groups(trace(model, torch.randn(2, 3, 32, 32)))
+    assert prunable_share(groups) > least
+    assert any(group.inexact for group in groups.groups)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from halp_fx.errors import InputError, TraceError
 from halp_fx.passes.trace import trace
@@ -272,6 +272,58 @@ def test_buffers_and_bare_parameters() -> None:
     check_same(model, traced, image())
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x + torch.zeros(x.shape[0], 3, 1, 1),
+        lambda x: x + torch.zeros((x.shape[0], 3, 1, 1)),
+        lambda x: x + torch.ones(1, x.shape[1], 1, x.shape[3]),
+        lambda x: x + torch.ones(x.shape),
+        lambda x: x + 0 * torch.rand(x.shape[0], 1, 1, 1),
+        lambda x: x + torch.arange(3.0).view(1, 3, 1, 1).expand(x.shape[0], 3, 1, 1),
+        lambda x: x + torch.arange(3.0).view(3, 1, 1).expand((x.shape[0], -1, -1, -1)),
+        lambda x: x + torch.ones(1, 3, 1, 1).repeat(x.shape[0], 1, 1, 1),
+        lambda x: x + torch.ones(3, 1, 1).expand(-1, -1, x.shape[-1]),
+    ],
+)
+def test_tensors_made_with_the_sizes_of_others(make: Callable[[Tensor], Tensor]) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return make(x)
+
+    plain = torch.zeros, torch.rand, torch.Tensor.expand
+    traced = trace(Model(), image())
+    assert traced.opaque == {}
+    assert plain == (torch.zeros, torch.rand, torch.Tensor.expand), "torch is left as it was"
+    for batch in (2, 3):
+        check_same(Model(), traced, image(batch))
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        lambda x: x * 2 if isinstance(x, Tensor) else x,
+        lambda x: x * 2 if isinstance(x, (int, Tensor)) else x,
+        lambda x: x * 2 if isinstance(x, int | Tensor) else x,
+        lambda x: x * 2 if torch.is_tensor(x) else x,
+        lambda x: x * 2 if isinstance(x, (list, tuple)) else x + 1,
+        lambda x: x * 2 if isinstance(x, nn.Parameter) else x + 1,
+        lambda x: x * 2 if isinstance(x.shape, Tensor) else x + 1,
+        lambda x: torch.cat([x] if isinstance(x, Tensor) else x, 1),
+    ],
+)
+def test_what_is_asked_about_types(branch: Callable[[Tensor], Tensor]) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return branch(x)
+
+    plain = isinstance
+    traced = trace(Model(), image())
+    assert isinstance is plain
+    assert traced.opaque == {}
+    check_same(Model(), traced, image())
+
+
 # MultiheadAttention ---------------------------------------------------------------------------
 
 
@@ -324,41 +376,100 @@ def test_attention_with_three_sources() -> None:
     check_same(model, trace(model, inputs), *inputs)
 
 
+class TwoSources(nn.Module):
+    """Queries and keys from one tensor, values from another, which may have another width."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(16, 4, batch_first=True, **options)
+
+    def forward(self, x: Tensor, v: Tensor) -> Any:
+        return self.inner(x, x, v, need_weights=False)[0]
+
+
+def _modules_of(traced: Traced) -> list[str]:
+    return [str(n.target) for n in traced.module.graph.nodes if n.op == "call_module"]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"kdim": 16, "vdim": 12}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"dropout": 0.2}],
+    ("options", "modules"),
+    [
+        ({"kdim": 16, "vdim": 12}, ["inner.out_proj"]),
+        ({"vdim": 12, "bias": False, "dropout": 0.1}, ["inner.out_proj"]),
+        ({"dropout": 0.2}, ["inner.out_proj"]),
+        ({"add_bias_kv": True}, ["inner"]),
+        ({"add_zero_attn": True}, ["inner"]),
+    ],
     ids=str,
 )
-def test_attention_that_is_not_spelled_out_stays_a_module(options: dict[str, Any]) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.MultiheadAttention(16, 4, batch_first=True, **options)
-
-        def forward(self, x: Tensor, v: Tensor) -> Any:
-            return self.inner(x, x, v)[0]
-
-    model = oracle.randomize(Model())
+def test_what_attention_is_spelled_out_and_what_stays(
+    options: dict[str, Any], modules: list[str]
+) -> None:
+    model = oracle.randomize(TwoSources(**options)).eval()
     inputs = torch.randn(3, 5, 16), torch.randn(3, 5, options.get("vdim", 16))
     traced = trace(model, inputs)
-    assert [n.target for n in traced.module.graph.nodes if n.op == "call_module"] == ["inner"]
+    assert _modules_of(traced) == modules
     check_same(model, traced, *inputs)
 
 
-def test_masked_attention() -> None:
+def test_dropout_of_attention_follows_the_mode() -> None:
+    model, x = oracle.randomize(TwoSources(dropout=0.5)).eval(), torch.randn(2, 5, 16)
+    module = trace(model, (x, x)).module
+    module.train()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        assert not torch.equal(module(x, x), module(x, x))
+        torch.manual_seed(0)
+        first = module(x, x)
+        torch.manual_seed(0)
+        assert torch.equal(module(x, x), first)
+        assert torch.equal(module.eval()(x, x), module(x, x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "modules"),
+    [("bool", ["inner.out_proj"]), ("float", ["inner.out_proj"]), ("each head", ["inner"])],
+)
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_masked_attention(kind: str, modules: list[str], need_weights: bool) -> None:
     class Masked(nn.Module):
         mask: Tensor
 
         def __init__(self) -> None:
             super().__init__()
             self.inner = nn.MultiheadAttention(16, 4, batch_first=True)
-            self.register_buffer("mask", torch.ones(5, 5, dtype=torch.bool).triu(1))
+            mask = torch.ones(5, 5, dtype=torch.bool).triu(1)
+            if kind == "float":
+                mask = torch.randn(5, 5)
+            if kind == "each head":
+                mask = mask.expand(12, 5, 5).clone()
+            self.register_buffer("mask", mask)
 
         def forward(self, x: Tensor) -> Any:
-            return self.inner(x, x, x, attn_mask=self.mask)[0]
+            return self.inner(x, x, x, attn_mask=self.mask, need_weights=need_weights)[0]
 
-    model, x = oracle.randomize(Masked()), torch.randn(3, 5, 16)
-    check_same(model, trace(model, x), x)
+    model, x = oracle.randomize(Masked()).eval(), torch.randn(3, 5, 16)
+    traced = trace(model, x)
+    assert _modules_of(traced) == modules
+    with torch.no_grad():
+        oracle.assert_close(traced.module(x), model(x), tolerance=1e-5)
+
+
+def test_masked_keys_stay_a_module() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(16, 4, batch_first=True)
+
+        def forward(self, x: Tensor, padding: Tensor) -> Any:
+            return self.inner(x, x, x, key_padding_mask=padding)[0]
+
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[:, 4:] = True
+    model, x = oracle.randomize(Padded()).eval(), torch.randn(3, 5, 16)
+    traced = trace(model, (x, padding))
+    assert _modules_of(traced) == ["inner"]
+    check_same(model, traced, x, padding)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -379,3 +490,38 @@ def test_nodes_carry_the_line_they_come_from() -> None:
     traced = trace(Small(), image())
     node = next(n for n in traced.module.graph.nodes if n.target == "mean")
     assert "test_trace.py" in (node.stack_trace or "")
+
+
+class Decides(nn.Module):
+    """What it computes depends on how often it ran: a trace sees one case."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.calls: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append(1)
+        y: torch.Tensor = self.layer(x)
+        return y if isinstance(x, fx.Proxy) else 2 * y
+
+
+def test_a_graph_that_is_not_the_network_is_refused() -> None:
+    with pytest.raises(TraceError, match=r"traced of Decides is not the network: output 0 differs"):
+        trace(Decides(), torch.randn(2, 4))
+
+
+class Noisy(nn.Module):
+    """Random numbers in the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x + torch.rand_like(x))
+        return y
+
+
+def test_random_numbers_in_a_network_are_no_difference() -> None:
+    assert trace(Noisy(), torch.randn(2, 4)).opaque == {}

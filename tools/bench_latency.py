@@ -50,6 +50,7 @@ class Calibrated:
     dense_ms: float  # as the calibrated table says
     offset_ms: float
     scale: float
+    weights_ms_per_mb: float
     networks: int
     held_out: int
     median_error: float  # relative, on networks held out
@@ -80,6 +81,7 @@ def calibrated(
         dense_ms=costs.dense_ms,
         offset_ms=found.offset_ms,
         scale=found.scale,
+        weights_ms_per_mb=found.weights_ms_per_mb,
         networks=found.networks,
         held_out=found.held_out,
         median_error=found.median_error,
@@ -273,7 +275,7 @@ def _latency(
                     calibrated(name, backend, inputs, output, networks=networks, progress=tell)
                 )
                 write_rows(rows, output / "latency.csv")
-    out().print(rows_table("whole = offset + scale x sum of kernels", rows))
+    out().print(rows_table("whole = offset + scale x kernels + rate x weights", rows))
     err().print(f"wrote {escape(str(output / 'latency.csv'))}")
 
 

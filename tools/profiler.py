@@ -199,7 +199,8 @@ def kernel_table(model: LatencyModel, shown: int = 20) -> Table:
     if model.calibration is not None:
         found = model.calibration
         table.caption += (
-            f"\nwhole network = {found.offset_ms:.4g} ms + {found.scale:.4g} x sum of kernels, "
+            f"\nwhole network = {found.offset_ms:.4g} ms + {found.scale:.4g} x sum of kernels "
+            f"+ {found.weights_ms_per_mb:.3g} ms a MB of weights, "
             f"fitted on {found.networks} networks; on {found.held_out} others the error is "
             f"{found.median_error:.1%} (median), {found.worst_error:.1%} (worst), the rank "
             f"correlation {found.rank_correlation:.2f}"

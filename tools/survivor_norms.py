@@ -1,4 +1,8 @@
-"""Layer, RMS and group norms over the surviving channels of a network that is only masked."""
+"""Norms over the surviving channels of a network that is only masked.
+
+Layer, RMS and group norms, weights standardised by batch norm (NFNets), and tensors divided by
+their own mean over channels (the global response norm of ConvNeXtV2).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,8 @@ Kept = Mapping[str, tuple[Tensor | None, ...]]
 def survivor_statistics(model: nn.Module, kept: Kept) -> Iterator[None]:
     """Layer, RMS and group norms inside take their statistics over the survivors of their weight.
 
-    A norm without weights is left as it is: nothing names its channels.
+    A norm without weights is left as it is: nothing names its channels. Means over channels
+    that a tensor is divided by leave out what is zero throughout, as masked channels are.
     """
     alive: dict[int, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -43,12 +48,19 @@ class _Norms(TorchFunctionMode):
 
     def __init__(self, alive: Mapping[int, Tensor]) -> None:
         super().__init__()
-        self.alive = alive
+        self.alive = dict(alive)
+        self.weights: list[Tensor] = []  # kept, so that no other tensor gets their ids
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _RESHAPES and (mask := self.alive.get(id(args[0]))) is not None:
+            return self._reshaped(func(*args, **kwargs), mask)
+        if func is F.batch_norm and (mask := self.alive.get(id(args[0]))) is not None:
+            return _standardised(mask, args, kwargs)
+        if func is torch.Tensor.mean and _over_channels_alone(args[0], kwargs):
+            return _mean_of_nonzero(args[0], kwargs["dim"])
         names = _ARGUMENTS.get(func)
         if names is None:
             return func(*args, **kwargs)
@@ -60,10 +72,18 @@ class _Norms(TorchFunctionMode):
             return _group_norm(mask, given)
         return _layer_norm(mask, given, centered=names == _LAYER)
 
+    def _reshaped(self, result: Tensor, mask: Tensor) -> Tensor:
+        """A weight in another shape has its mask in that shape."""
+        self.alive[id(result)] = mask.reshape(result.shape)
+        self.weights.append(result)
+        return result
 
+
+_RESHAPES = (torch.Tensor.reshape, torch.Tensor.view, torch.reshape)
 _LAYER = ("input", "normalized_shape", "weight", "bias", "eps")
 _RMS = ("input", "normalized_shape", "weight", "eps")
 _GROUP = ("input", "num_groups", "weight", "bias", "eps")
+_BATCH = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.layer_norm: _LAYER,
     torch.layer_norm: _LAYER,
@@ -101,3 +121,27 @@ def _group_norm(mask: Tensor, given: Mapping[str, Any]) -> Tensor:
     bias = given.get("bias")
     y = y * given["weight"].reshape(shape)
     return y if bias is None else y + bias.reshape(shape)
+
+
+def _standardised(mask: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """A weight (1, O, I k k) by the statistics of its surviving columns; the others are zero."""
+    given = {**dict(zip(_BATCH, args, strict=False)), **kwargs}
+    x, weights = given["input"], mask.to(given["input"].dtype)
+    count = weights.sum(2, keepdim=True).clamp(min=1)
+    mean = (x * weights).sum(2, keepdim=True) / count
+    variance = ((x - mean).square() * weights).sum(2, keepdim=True) / count
+    y: Tensor = (x - mean) * torch.rsqrt(variance + given.get("eps", 1e-5)) * weights
+    return y if given.get("weight") is None else y * given["weight"].reshape(1, -1, 1)
+
+
+def _over_channels_alone(x: Tensor, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a mean runs over the only dim of what was reduced over space before."""
+    dim = kwargs.get("dim")
+    if x.ndim != 4 or not isinstance(dim, int) or not kwargs.get("keepdim"):
+        return False
+    return all(x.shape[d] == 1 for d in range(1, 4) if d != dim % 4)
+
+
+def _mean_of_nonzero(x: Tensor, dim: int) -> Tensor:
+    count = (x != 0).sum(dim, keepdim=True).clamp(min=1)
+    return x.sum(dim, keepdim=True) / count

@@ -19,7 +19,7 @@ __all__ = ["Step", "SteppedCost", "find_step", "probe_sizes"]
 
 _STEPS = (64, 32, 16, 8, 4, 2)
 _OFFSETS = (*range(9), 10, 12, 14, 15, 16, 17, 20, 24, 28, 31, 32)
-_STARTS = ((96, 64), (64, 32), (32, 0))  # (least dense size, where its probes begin)
+_STARTS = ((96, 64), (64, 32), (12, 0))  # (least dense size, where its probes begin)
 _TOLERANCE = 0.05  # by which a narrower kernel may be faster and still count as no faster
 _AGREEMENT = 0.75  # share of the narrower kernels that must be no faster
 _PENALTY = 1.05  # below this a kernel between two steps is just as fast as at the step

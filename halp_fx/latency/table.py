@@ -32,6 +32,7 @@ _CALIBRATIONS = """CREATE TABLE calibrations (
         network TEXT NOT NULL,
         offset_ms REAL NOT NULL,
         scale REAL NOT NULL,
+        weights_ms_per_mb REAL NOT NULL,
         networks INTEGER NOT NULL,
         held_out INTEGER NOT NULL,
         median_error REAL NOT NULL,
@@ -39,6 +40,10 @@ _CALIBRATIONS = """CREATE TABLE calibrations (
         rank_correlation REAL NOT NULL,
         PRIMARY KEY (fingerprint, network)
     ) WITHOUT ROWID"""
+_REFERENCES = """CREATE TABLE reference_times (
+        fingerprint INTEGER PRIMARY KEY REFERENCES fingerprints (id),
+        ms REAL NOT NULL
+    )"""
 # One statement each: sqlite3's executescript would commit the transaction they run in.
 _SCHEMA = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
@@ -52,6 +57,7 @@ _SCHEMA = (
         PRIMARY KEY (fingerprint, key)
     ) WITHOUT ROWID""",
     _CALIBRATIONS,
+    _REFERENCES,
 )
 
 
@@ -170,8 +176,8 @@ class LatencyTable:
             LatencyError: the file is damaged or locked.
         """
         rows = self._rows(
-            "SELECT offset_ms, scale, networks, held_out, median_error, worst_error, "
-            "rank_correlation FROM calibrations WHERE network = ? AND fingerprint = "
+            "SELECT offset_ms, scale, weights_ms_per_mb, networks, held_out, median_error, "
+            "worst_error, rank_correlation FROM calibrations WHERE network = ? AND fingerprint = "
             "(SELECT id FROM fingerprints WHERE text = ?)",
             (network, fingerprint),
         )
@@ -189,9 +195,35 @@ class LatencyTable:
             )
             connection.execute(
                 "INSERT OR REPLACE INTO calibrations "
-                "SELECT id, ?, ?, ?, ?, ?, ?, ?, ? FROM fingerprints WHERE text = ?",
+                "SELECT id, ?, ?, ?, ?, ?, ?, ?, ?, ? FROM fingerprints WHERE text = ?",
                 (network, *dataclasses.astuple(found), fingerprint),
             )
+
+    def reference_ms(self, fingerprint: str, found: float) -> float:
+        """What the reference kernel took when the device was first measured.
+
+        Args:
+            fingerprint: the device and settings.
+            found: what it takes now, which is kept where the table has nothing yet.
+
+        Raises:
+            LatencyError: the file is damaged, locked or read-only.
+        """
+        with self._lock, _explained(self._path), _transaction(self._connection) as connection:
+            connection.execute(
+                "INSERT OR IGNORE INTO fingerprints (text) VALUES (?)", (fingerprint,)
+            )
+            connection.execute(
+                "INSERT OR IGNORE INTO reference_times SELECT id, ? FROM fingerprints "
+                "WHERE text = ?",
+                (found, fingerprint),
+            )
+            row = connection.execute(
+                "SELECT ms FROM reference_times JOIN fingerprints ON fingerprint = id "
+                "WHERE text = ?",
+                (fingerprint,),
+            ).fetchone()
+        return float(row[0])
 
     def fingerprints(self) -> tuple[str, ...]:
         """The devices and settings in the table, oldest first.
@@ -342,10 +374,11 @@ def _ensure_schema(connection: sqlite3.Connection, path: str) -> None:
 
 
 def _upgrade(connection: sqlite3.Connection) -> None:
-    """Version 1 had no calibrations."""
+    """Version 1 had no calibrations and no reference times."""
     with _transaction(connection):
         if "calibrations" not in _names(connection):  # another process may have been faster
             connection.execute(_CALIBRATIONS)
+            connection.execute(_REFERENCES)
             connection.execute(
                 "UPDATE meta SET value = ? WHERE name = 'schema_version'", (str(SCHEMA_VERSION),)
             )

@@ -3,7 +3,8 @@
 One sample is a block of calls that takes at least a millisecond or so. Kernels are sampled in
 small batches, round-robin in random order, so that a slow moment is spread over all of them. A
 sentinel, one small convolution, is timed along with each batch; when it drifts from its running
-median, the machine was busy with something else, and the batch is measured again.
+median, the machine was busy with something else, and the batch is measured again. Times are
+corrected by it for the slow changes of a clock rate.
 """
 
 from __future__ import annotations
@@ -88,11 +89,12 @@ def measure_jobs(
     done = len(by_key) - len(todo)
     with _preserved():
         sentinel = _Sentinel(backend)
+        reference_ms = table.reference_ms(fingerprint, sentinel.usual_ms)
         for start in range(0, len(todo), _BATCH):
             batch = todo[start : start + _BATCH]
             # Another process may have been measuring into the same table meanwhile.
             missing = [job for job in batch if table.get(job.key, fingerprint) is None]
-            timings = _measure_batch(missing, backend, sentinel, order)
+            timings = _measure_batch(missing, backend, sentinel, order, reference_ms)
             known = {job.key: timing for job, timing in zip(missing, timings, strict=True)}
             table.put_all(known, fingerprint)
             for job in batch:
@@ -169,9 +171,14 @@ class _Sentinel:
         for block in _round_robin(backend, [self.probe], _samples(backend, None), None):
             self._history.extend(block)
 
+    @property
+    def usual_ms(self) -> float:
+        """The running median."""
+        return statistics.median(self._history)
+
     def drift(self, ms: float) -> float:
         """Relative distance of a time from the running median."""
-        usual = statistics.median(self._history)
+        usual = self.usual_ms
         return abs(ms - usual) / usual if usual > 0 else 0.0
 
     def record(self, ms: float) -> None:
@@ -180,14 +187,22 @@ class _Sentinel:
 
 
 def _measure_batch(
-    jobs: Sequence[Job], backend: Backend, sentinel: _Sentinel, order: random.Random
+    jobs: Sequence[Job],
+    backend: Backend,
+    sentinel: _Sentinel,
+    order: random.Random,
+    reference_ms: float,
 ) -> list[Timing]:
-    """Timings of a few kernels, from the attempt in which the sentinel drifted least."""
+    """Timings of a few kernels, from the attempt in which the sentinel drifted least.
+
+    A machine may be slower today than when the table was begun: times are given as if the
+    sentinel took `reference_ms` now too.
+    """
     if not jobs:
         return []
     probes = [_job_probe(job, backend) for job in jobs]
     best: list[list[float]] = []
-    least_drift = math.inf
+    least_drift, speed = math.inf, 1.0
     for _ in range(1 + _MAX_REDOS):
         sampled = _round_robin(backend, [*probes, sentinel.probe], _samples(backend, None), order)
         _settle(sampled, [*probes, sentinel.probe], backend, order)
@@ -196,6 +211,7 @@ def _measure_batch(
         sentinel.record(ms)
         if drift < least_drift:
             best, least_drift = sampled, drift
+            speed = reference_ms / ms if ms > 0 else 1.0
         if drift <= _MAX_DRIFT:
             break
     else:
@@ -204,7 +220,7 @@ def _measure_batch(
             "or fix the clock rate for better measurements",
             100 * least_drift,
         )
-    return [_timing(blocks) for blocks in best]
+    return [_timing([ms * speed for ms in blocks]) for blocks in best]
 
 
 def _settle(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
-from halp_fx.passes.rules.core import FIXED
+from halp_fx.passes.rules.core import FIXED, TieRecord
 from halp_fx.types import IntArray
 
-__all__ = ["connected_components", "least_units", "signatures"]
+__all__ = ["connected_components", "least_units", "signatures", "where_tied"]
 
 
 def connected_components(size: int, pairs: list[tuple[IntArray, IntArray]]) -> IntArray:
@@ -85,3 +88,36 @@ def least_units(group_of: IntArray, dims: list[IntArray]) -> IntArray:
         ):
             least[g] = 0
     return least
+
+
+def where_tied(
+    wanted: np.ndarray[Any, np.dtype[np.bool_]],
+    roots: IntArray,
+    starts: IntArray,
+    ties: Sequence[TieRecord],
+) -> dict[int, str]:
+    """The graph node that ties the slices of each wanted component.
+
+    That is the first which ties slices of one dim of one tensor with each other, or else any.
+
+    Args:
+        wanted: by component.
+        roots: label -> component.
+        starts: first label of each dim of each parameter, ascending.
+
+    Returns:
+        component -> node, for those with a tie.
+    """
+    found: dict[int, str] = {}
+    anywhere: dict[int, str] = {}
+    for tie in ties:
+        chosen = wanted[roots[tie.left]]
+        if not chosen.any():
+            continue
+        left, right = tie.left[chosen], tie.right[chosen]
+        same = np.searchsorted(starts, left, "right") == np.searchsorted(starts, right, "right")
+        for component in np.unique(roots[left]):
+            anywhere.setdefault(int(component), tie.node)
+        for component in np.unique(roots[left[same]]):
+            found.setdefault(int(component), tie.node)
+    return anywhere | found

@@ -26,8 +26,12 @@ def convolution(run: LabelRun, call: OpCall) -> None:
     channel = source.ndim - (weight.ndim - 1)
     inputs = labels_of(source)
     own = labels_of(weight)
+    passing: dict[int, IntArray | None] = {}
     for dim in [d for d in inputs if d > channel]:
-        run.pin(inputs[dim], "convolved over")
+        if _leaves_alone(call, dim - channel - 1):
+            passing[dim] = inputs[dim]
+        else:
+            run.pin(inputs[dim], "convolved over")
     for dim in [d for d in own if d > 1]:
         run.pin(own[dim], "a dim of the convolution's kernel")
     read = inputs.get(channel)
@@ -38,10 +42,16 @@ def convolution(run: LabelRun, call: OpCall) -> None:
         rows = _grouped(run, own, weight, read, transposed, groups)
     if bias is not None:
         run.tie(rows, labels_of(bias).get(0))
-    result: dict[int, IntArray | None] = {channel: rows}
+    result: dict[int, IntArray | None] = {**passing, channel: rows}
     if channel == 1 and 0 in inputs:
         result[0] = inputs[0]
     set_labels(call.out, result)
+
+
+def _leaves_alone(call: OpCall, place: int) -> bool:
+    """Whether a convolution's kernel has size 1 along its dim `place` and moves nothing there."""
+    stride, padding, shift = (call.args[i][place % len(call.args[i])] for i in (3, 4, 7))
+    return call.args[1].shape[2 + place] == stride == 1 and padding == shift == 0
 
 
 def _grouped(

@@ -11,7 +11,8 @@ Label 0 stands for "always there"; to tie a label with 0 is to pin it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from halp_fx.passes.rules.meta import OnMeta, run_on_meta
 from halp_fx.types import IntArray
 
 __all__ = [
@@ -34,17 +36,24 @@ __all__ = [
     "Rule",
     "StructureError",
     "TieRecord",
+    "Watch",
+    "is_stored",
     "labels_of",
     "register",
     "rule_for",
     "set_labels",
+    "set_stored",
     "tensors_in",
+    "watch",
+    "watch_of",
 ]
 
 FIXED = 0  # the label of what is never removed
 
 DimLabels = dict[int, IntArray]
 Rule = Callable[["LabelRun", "OpCall"], None]
+# (run, the operator that reads the tensor or None where it must stay, the tensor) -> None
+Watch = Callable[["LabelRun", "OpCall | None", torch.Tensor], None]
 
 
 class StructureError(Exception):
@@ -196,6 +205,26 @@ def set_labels(tensor: torch.Tensor, labels: Mapping[int, IntArray | None]) -> N
     tensor._halp_labels = kept  # type: ignore[attr-defined]
 
 
+def set_stored(tensor: torch.Tensor) -> None:
+    """Say that a tensor is a parameter or buffer, or computed from those alone."""
+    tensor._halp_stored = True  # type: ignore[attr-defined]
+
+
+def is_stored(tensor: torch.Tensor) -> bool:
+    """Whether no input of the network went into a tensor."""
+    return getattr(tensor, "_halp_stored", False)
+
+
+def watch(tensor: torch.Tensor, watcher: Watch) -> None:
+    """Have `watcher` called before each operator that reads `tensor`, and where it must stay."""
+    tensor._halp_watch = watcher  # type: ignore[attr-defined]
+
+
+def watch_of(tensor: torch.Tensor) -> Watch | None:
+    """The watcher of a tensor."""
+    return getattr(tensor, "_halp_watch", None)
+
+
 @dataclass
 class LabelRun:
     """Collects ties and pins while a graph runs; or, when `checking`, verifies them.
@@ -220,6 +249,7 @@ class LabelRun:
     op: str = ""
     size: int = 1  # labels handed out, FIXED included
     observer: Callable[[OpCall], None] | None = None  # sees every operator after its rule
+    silent: bool = False  # operators run without rules: inside of a module that has its own
 
     def choose(self, dims: tuple[int, ...]) -> tuple[tuple[str, int], int]:
         """Key of the next choice among `dims`, and the dim to leave free."""
@@ -274,6 +304,8 @@ class LabelRun:
 
     def pin_tensor(self, tensor: torch.Tensor, reason: str) -> None:
         """Every channel of a tensor must stay."""
+        if (watch := watch_of(tensor)) is not None:
+            watch(self, None, tensor)
         for vector in labels_of(tensor).values():
             self.pin(vector, reason)
 
@@ -284,21 +316,42 @@ class LabelRun:
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operator on tensors without data, then its rule."""
-        out = _run(func, args, kwargs)
+        out = run_on_meta(func, args, kwargs)
         self.follow(OpCall(func, args, kwargs, out))
         return out
+
+    @contextmanager
+    def without_rules(self) -> Iterator[None]:
+        """While this lasts, operators only run."""
+        self.silent = True
+        try:
+            yield
+        finally:
+            self.silent = False
 
     def follow(self, call: OpCall) -> None:
         """Apply the rule of an operator that ran."""
         self.op = call.name
+        if not self.silent:
+            self.apply(call)
+        if self.observer is not None:
+            self.observer(call)
+
+    def apply(self, call: OpCall) -> None:
+        """What the rule of an operator says."""
+        for tensor in call.tensors():
+            if (watch := watch_of(tensor)) is not None:
+                watch(self, call, tensor)
         if any(labels_of(t) for t in call.tensors()):
             rule = rule_for(call.func)
             if rule is None:
                 self.pin_all(call, f"no rule for the operator {self.op!r}")
             else:
                 rule(self, call)
-        if self.observer is not None:
-            self.observer(call)
+        tensors = call.tensors()
+        if tensors and all(map(is_stored, tensors)):
+            for tensor in tensors_in(call.out):
+                set_stored(tensor)
 
     def pin_all(self, call: OpCall, reason: str) -> None:
         """The fall-back: nothing is known, so every channel that goes in must stay."""
@@ -332,6 +385,8 @@ class FunctionMode(TorchFunctionMode):
     def __torch_function__(  # noqa: D105
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if self.run.silent:
+            return func(*args, **(kwargs or {}))
         if func in _SIZED_AS:
             out = func(*args, **(kwargs or {}))
             self.run.same_size(out, args[1] if len(args) > 1 else (kwargs or {})["other"])
@@ -353,53 +408,3 @@ _WHOLE = {
 
 # Functions that take a shape from their second argument, which is not read otherwise.
 _SIZED_AS = {torch.Tensor.expand_as, torch.Tensor.view_as, torch.Tensor.reshape_as}
-
-
-class OnMeta(TorchDispatchMode):
-    """Makes every new tensor without data (device "meta")."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(  # noqa: D105
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return _run(func, args, kwargs or {})
-
-
-def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator on tensors without data."""
-    if func in _BATCH_NORMS and not args[5]:
-        # In eval mode; torch's own way takes some milliseconds, more than all the rest.
-        empty = args[0].new_empty(0)
-        return torch.empty_like(args[0]), empty, empty
-    return func(*args, **_on_meta(func, kwargs))
-
-
-_BATCH_NORMS = {
-    torch.ops.aten.native_batch_norm.default,
-    torch.ops.aten.cudnn_batch_norm.default,
-}
-
-
-def _on_meta(func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if not _makes_tensor(func) and "device" not in kwargs:
-        return kwargs
-    kwargs = {**kwargs, "device": torch.device("meta")}
-    kwargs.pop("pin_memory", None)
-    return kwargs
-
-
-def _makes_tensor(func: Any) -> bool:
-    """Whether the operator makes a tensor from no tensor (zeros, arange ...)."""
-    cached = _FACTORY.get(func)
-    if cached is None:
-        arguments = func._schema.arguments
-        cached = any(a.name == "device" for a in arguments) and not any(
-            "Tensor" in str(a.type) for a in arguments
-        )
-        _FACTORY[func] = cached
-    return cached
-
-
-_FACTORY: dict[Any, bool] = {}

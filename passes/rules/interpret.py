@@ -16,11 +16,20 @@ from halp_fx.passes.rules.core import (
     FunctionMode,
     LabelMode,
     LabelRun,
+    StructureError,
     labels_of,
     set_labels,
+    set_stored,
     tensors_in,
+    watch_of,
 )
-from halp_fx.passes.rules.structure import empty_like, named_tensors, substitute_copy
+from halp_fx.passes.rules.leaves import ModuleCall, module_rule
+from halp_fx.passes.rules.structure import (
+    empty_like,
+    keep_values,
+    named_tensors,
+    substitute_copy,
+)
 from halp_fx.types import IntArray, Traced
 
 __all__ = [
@@ -80,8 +89,7 @@ def fresh(value: Any) -> Any:
 
     def make(tensor: torch.Tensor) -> torch.Tensor:
         new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        if (values := getattr(tensor, "_halp_values", None)) is not None:
-            new._halp_values = values  # type: ignore[attr-defined]
+        keep_values(new, tensor)
         return new
 
     return map_tensors(value, make)
@@ -96,6 +104,7 @@ class LabelInterpreter(fx.Interpreter):
         self.traced = traced
         self.snapshots: dict[str, Any] = {}
         self.held: set[str] = set()
+        self.blind: set[str] = set()  # modules with a rule that don't run without data
 
     def execute(self) -> None:
         """Run the graph on the example's shapes."""
@@ -111,8 +120,7 @@ class LabelInterpreter(fx.Interpreter):
         value = self.value_of(n)
         known = self.traced.values.get(n.name)
         for new, old in zip(tensors_in(value), tensors_in(known), strict=False):
-            if (values := getattr(old, "_halp_values", None)) is not None:
-                new._halp_values = values  # type: ignore[attr-defined]
+            keep_values(new, old)
         self.snapshots[n.name] = snapshot(value)
         return value
 
@@ -135,6 +143,8 @@ class LabelInterpreter(fx.Interpreter):
         if n.op == "call_module" and n.target in self.traced.opaque:
             reason = f"the module {n.target!r} could not be traced"
             return self.hold(n, f"{reason} ({self.traced.opaque[str(n.target)]})")
+        if n.op == "call_module" and module_rule(self.fetch_attr(str(n.target))) is not None:
+            return self.leaf(n)
         if n.op == "call_module" and isinstance(self.fetch_attr(str(n.target)), nn.RNNBase):
             return self.hold(n, "a recurrent layer, which has no rule")
         try:
@@ -146,6 +156,34 @@ class LabelInterpreter(fx.Interpreter):
         except Exception as error:  # noqa: BLE001  unknown never breaks
             first = str(error).strip().splitlines()[:1]
             return self.hold(n, f"can't be run without data: {type(error).__name__} {first}")
+
+    def leaf(self, n: fx.Node) -> Any:
+        """Run a module that has a rule, and apply that."""
+        module = self.fetch_attr(str(n.target))
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        rule = module_rule(module)
+        assert rule is not None
+        value = self.leaf_value(n, module, args, kwargs)
+        for tensor in tensors_in((args, kwargs)):
+            if (watching := watch_of(tensor)) is not None:
+                watching(self.labels, None, tensor)
+        try:
+            rule(self.labels, ModuleCall(module, args, kwargs, value))
+        except StructureError:
+            raise
+        except Exception as error:  # noqa: BLE001  a rule of the caller's own
+            kind, text = type(module).__name__, f"{type(error).__name__}: {error}"
+            return self.hold(n, f"the rule of {kind} fails: {text}")
+        return value
+
+    def leaf_value(self, n: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What a module gives; one that needs data, what it gave for the example."""
+        try:
+            with self.labels.without_rules():
+                return module(*args, **kwargs)
+        except Exception:  # noqa: BLE001  it may well depend on values
+            self.blind.add(n.name)
+            return fresh(self.traced.values[n.name])
 
     def hold(self, n: fx.Node, reason: str) -> Any:
         """Pin all that goes into a node and give what it gave for the example."""
@@ -239,4 +277,5 @@ def labelled_copy(
     for tensor in tensors:
         replaced[id(tensor)] = empty_like(tensor)
         set_labels(replaced[id(tensor)], labels[id(tensor)])
+        set_stored(replaced[id(tensor)])
     return substitute_copy(module, replaced)

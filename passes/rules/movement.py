@@ -19,6 +19,7 @@ from halp_fx.passes.rules.core import (
     set_labels,
 )
 from halp_fx.passes.rules.pointwise import join
+from halp_fx.passes.rules.structure import known_values
 from halp_fx.types import IntArray
 
 __all__ = ["rectangular", "reshape_labels"]
@@ -271,7 +272,7 @@ def index_select(run: LabelRun, call: OpCall) -> None:
 
 def _picked(run: LabelRun, labels: Any, dim: int, index: torch.Tensor) -> dict[int, Any]:
     """Labels of `dim` after `index` has picked some, where its values are known."""
-    values = getattr(index, "_halp_values", None)
+    values = known_values(index)
     if values is None or values.ndim != 1:
         run.pin(labels[dim], "channels are picked by an index that is known only at run time")
         return {dim: None}

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from halp_fx.passes.rules.core import LabelRun, OpCall, labels_of, register, set_labels, tensors_in
+from halp_fx.passes.rules.core import (
+    LabelRun,
+    OpCall,
+    is_stored,
+    labels_of,
+    register,
+    set_labels,
+    tensors_in,
+)
 from halp_fx.passes.rules.movement import rectangular
+from halp_fx.types import IntArray
 
-__all__: list[str] = []
+__all__ = ["statistics_over"]
 
 
 @register(
@@ -22,12 +31,21 @@ __all__: list[str] = []
     "_batch_norm_no_update",
 )
 def batch_norm(run: LabelRun, call: OpCall) -> None:
-    """Input (N, C, ...); weight, bias, running mean and variance (C)."""
+    """Input (N, C, ...); weight, bias, running mean and variance (C).
+
+    Other dims may have channels, too: tokens that are normed, weights that are standardised.
+    """
     source = call.args[0]
-    labels = labels_of(source)
+    labels = dict(labels_of(source))
     own = [t for t in call.args[1:5] if isinstance(t, torch.Tensor)]
-    for dim in [d for d in labels if d != 1]:
-        run.pin(labels[dim], "batch norm takes statistics over it")
+    others = {d: v for d, v in labels.items() if d != 1}
+    if _takes_statistics(call):
+        for vector in others.values():
+            reason = "batch norm takes statistics over the channels"
+            if is_stored(source):
+                statistics_over(run, vector, reason)
+            else:
+                run.pin(vector, reason)
     channels = labels.get(1)
     if channels is None:
         channels = next((v for t in own if (v := labels_of(t).get(0)) is not None), None)
@@ -37,7 +55,23 @@ def batch_norm(run: LabelRun, call: OpCall) -> None:
         run.pin(channels, "normalises channels that can't be removed")
         channels = None
     out = next(iter(tensors_in(call.out)))
-    set_labels(out, {1: channels})
+    set_labels(out, {**others, 1: channels})
+
+
+def _takes_statistics(call: OpCall) -> bool:
+    """Whether a batch norm uses the statistics of its input rather than the running ones."""
+    names = [argument.name for argument in call.func._schema.arguments]
+    if "training" in names:
+        return bool(call.arg(names.index("training"), "training"))
+    return call.name == "_batch_norm_with_update" or call.arg(3, "running_mean") is None
+
+
+def statistics_over(run: LabelRun, labels: IntArray, reason: str) -> None:
+    """Removing some of these channels changes what the others become."""
+    if run.exact:
+        run.pin(labels, reason)
+    else:
+        run.note_inexact(labels)
 
 
 @register("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
@@ -53,10 +87,7 @@ def layer_norm(run: LabelRun, call: OpCall) -> None:
             run.tie(vector, labels_of(tensor).get(dim - first))
         if vector is None:
             continue
-        if run.exact:
-            run.pin(vector, f"{call.name} takes statistics over the channels")
-        else:
-            run.note_inexact(vector)
+        statistics_over(run, vector, f"{call.name} takes statistics over the channels")
     set_labels(next(iter(tensors_in(call.out))), labels)
 
 
@@ -80,10 +111,9 @@ def group_norm(run: LabelRun, call: OpCall) -> None:
             run.tie(vector, labels_of(tensor).get(0), "normalises channels that can't be removed")
     if vector is not None and groups > 1:
         rectangular(run, vector.reshape(groups, -1), free=0)
-    elif vector is not None and run.exact:
-        run.pin(vector, "group norm with one group takes statistics over the channels")
     elif vector is not None:
-        run.note_inexact(vector)
+        reason = "group norm with one group takes statistics over the channels"
+        statistics_over(run, vector, reason)
     set_labels(next(iter(tensors_in(call.out))), {1: vector})
 
 

@@ -6,7 +6,16 @@ from collections.abc import Iterable
 
 import torch
 
-from halp_fx.passes.rules.core import LabelRun, OpCall, labels_of, register, set_labels, tensors_in
+from halp_fx.passes.rules.core import (
+    LabelRun,
+    OpCall,
+    labels_of,
+    register,
+    set_labels,
+    tensors_in,
+    watch,
+)
+from halp_fx.types import IntArray
 
 __all__: list[str] = []
 
@@ -35,13 +44,38 @@ def reduction(run: LabelRun, call: OpCall) -> None:
     given = call.arg(names["dim"], "dim") if "dim" in names else None
     dims = _dims(given, source.ndim)
     labels = labels_of(source)
-    for dim in dims & labels.keys():
-        run.pin(labels[dim], f"{call.name} reads all channels")
+    read = sorted(dims & labels.keys())
+    if call.name == "mean" and len(read) == 1 and call.out.ndim == source.ndim and not run.exact:
+        _expect_division(call, labels[read[0]])
+    else:
+        for dim in read:
+            run.pin(labels[dim], f"{call.name} reads all channels")
     for out in tensors_in(call.out):
         kept = {d: v for d, v in labels.items() if d not in dims}
         if out.ndim != source.ndim:
             kept = {d - sum(1 for r in dims if r < d): v for d, v in kept.items()}
         set_labels(out, kept)
+
+
+def _expect_division(call: OpCall, labels: IntArray) -> None:
+    """A tensor that is divided by its own mean over the channels is normalised (GRN).
+
+    Removing channels changes that like any norm's statistics. Whatever else the mean goes into,
+    they all stay.
+    """
+    source: torch.Tensor = call.args[0]
+
+    def follow(run: LabelRun, reader: OpCall | None, tensor: torch.Tensor) -> None:
+        if reader is None:
+            run.pin(labels, "mean reads all channels")
+        elif reader.name == "div" and reader.args[0] is source and reader.args[1] is tensor:
+            run.note_inexact(labels)
+        elif reader.name in ("add", "clamp", "clamp_min") and len(reader.tensors()) == 1:
+            watch(reader.out, follow)
+        else:
+            run.pin(labels, "mean reads all channels")
+
+    watch(call.out, follow)
 
 
 @register(

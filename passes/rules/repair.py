@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from halp_fx.passes.rules.interpret import Snapshot
+from halp_fx.passes.rules.structure import known_values
 from halp_fx.types import IntArray
 
 __all__ = ["Shrunk", "repair"]
@@ -217,6 +218,9 @@ def _moved_item(
         return moved[0] if moved and moved[0] != evaluated else given
     if isinstance(dense, (list, tuple)) and all(isinstance(i, int) for i in dense):
         return shrunk.moved(labels, [i % len(labels) for i in dense])
+    known = known_values(shrunk.values.get(given.name)) if isinstance(given, fx.Node) else None
+    if known is not None and known.ndim == 1 and size < len(labels):
+        return shrunk.moved(labels, [int(i) % len(labels) for i in known])
     return given
 
 
@@ -296,7 +300,7 @@ def _positions(
         case "index_select":
             index = [*node.args, *node.kwargs.values()][2]
             value = shrunk.values.get(index.name) if isinstance(index, fx.Node) else None
-            known = getattr(value, "_halp_values", None)
+            known = known_values(value)
             return None if known is None else [int(i) % size for i in known]
     return None
 

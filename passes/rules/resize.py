@@ -7,11 +7,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from halp_fx.passes.rules.leaves import resize_leaf
+
 __all__ = ["fit_to_input", "fit_to_weights"]
 
 
 def fit_to_weights(module: nn.Module, dense: nn.Module) -> None:
     """Set sizes that follow from the module's own tensors; `dense` is its uncut twin."""
+    resize_leaf(module, dense)
     match module:
         case _ConvNd():
             _fit_convolution(module, dense)

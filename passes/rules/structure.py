@@ -13,6 +13,8 @@ from torch import nn
 __all__ = [
     "detached_copy",
     "empty_like",
+    "keep_values",
+    "known_values",
     "named_tensors",
     "structural_copy",
     "substitute_copy",
@@ -98,6 +100,16 @@ def empty_like(tensor: torch.Tensor) -> torch.Tensor:
 
 def keep_values(empty: torch.Tensor, value: torch.Tensor) -> None:
     """Note the values of an integer tensor beside its stand-in without data."""
-    integral = not value.is_floating_point() and not value.is_complex()
-    if integral and value.numel() <= _MAX_VALUES and value.device.type != "meta":
-        empty._halp_values = np.asarray(value.detach().cpu())  # type: ignore[attr-defined]
+    if value.is_floating_point() or value.is_complex() or value.numel() > _MAX_VALUES:
+        return
+    known = known_values(value) if value.is_meta else value.detach().cpu().numpy().copy()
+    if known is not None:
+        empty._halp_values = known  # type: ignore[attr-defined]
+
+
+def known_values(stand_in: Any) -> np.ndarray[Any, np.dtype[Any]] | None:
+    """The values noted beside a stand-in; None where there are none, or it was written to since."""
+    if not isinstance(stand_in, torch.Tensor) or stand_in._version:
+        return None
+    found: np.ndarray[Any, np.dtype[Any]] | None = getattr(stand_in, "_halp_values", None)
+    return found

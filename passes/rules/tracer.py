@@ -13,6 +13,8 @@ from torch import fx, nn
 
 from halp_fx.passes.rules.attention import expand_attention
 from halp_fx.passes.rules.core import OnMeta
+from halp_fx.passes.rules.leaves import module_rule
+from halp_fx.passes.rules.proxies import ValueProxy, proxies_as_values
 from halp_fx.passes.rules.structure import (
     empty_like,
     named_tensors,
@@ -31,32 +33,6 @@ _OPENED = (
 )
 
 
-class _Proxy(fx.Proxy):
-    """A value of the graph whose length, items and truth are known where shapes tell them."""
-
-    tracer: Tracer
-
-    def __getattr__(self, k: str) -> Any:
-        if k.startswith("__"):  # protocols of arrays: torch.tensor(size) should ask for a number
-            raise AttributeError(k)
-        return super().__getattr__(k)
-
-    def __len__(self) -> int:
-        return len(self.tracer.known(self.node))
-
-    def __index__(self) -> int:
-        return int(self.tracer.same_in_any_batch(self.node, int))
-
-    def __int__(self) -> int:
-        return int(self.tracer.same_in_any_batch(self.node, (int, float)))
-
-    def __float__(self) -> float:
-        return float(self.tracer.same_in_any_batch(self.node, (int, float)))
-
-    def __setitem__(self, item: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, item, value), {})
-
-
 @contextmanager
 def opened_functions() -> Iterator[None]:
     """While this lasts, tracing goes into functions that a library asks to keep whole."""
@@ -70,33 +46,6 @@ def opened_functions() -> Iterator[None]:
     finally:
         wrapped.clear()
         wrapped.update(kept)
-
-
-@contextmanager
-def _numbers_as_tensors() -> Iterator[None]:
-    """While this lasts, `torch.tensor(x.shape[1])` makes a constant: it takes no proxies."""
-    plain, like = torch.tensor, torch.as_tensor
-
-    def unwrapped(data: Any) -> Any:
-        if isinstance(data, _Proxy):
-            return data.tracer.same_in_any_batch(data.node, (int, float))
-        if isinstance(data, (list, tuple)):
-            return type(data)(unwrapped(item) for item in data)
-        return data
-
-    def tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
-        return plain(unwrapped(data), *args, **kwargs)
-
-    def as_tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(data, _Proxy) and isinstance(data.tracer.known(data.node), torch.Tensor):
-            return data
-        return like(unwrapped(data), *args, **kwargs)
-
-    torch.tensor, torch.as_tensor = tensor, as_tensor
-    try:
-        yield
-    finally:
-        torch.tensor, torch.as_tensor = plain, like
 
 
 class Tracer(fx.Tracer):
@@ -121,18 +70,25 @@ class Tracer(fx.Tracer):
         self._batches: list[_Evaluation] = []
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        with _numbers_as_tensors():
+        with proxies_as_values():
             return super().trace(root, concrete_args)
 
+    def stays_whole(self, m: nn.Module, path: str) -> bool:
+        """Whether a module could not be traced, or has a rule of its own."""
+        return path in self.opaque or module_rule(m) is not None
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.opaque:
+        if self.stays_whole(m, module_qualified_name):
             return True
         if isinstance(m, _OPENED):
             return False
         return super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return ValueProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if isinstance(a, ValueProxy) else super().create_arg(a)
 
     def call_module(
         self,
@@ -145,7 +101,7 @@ class Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         try:
-            if isinstance(m, nn.MultiheadAttention) and path not in self.opaque:
+            if isinstance(m, nn.MultiheadAttention) and not self.stays_whole(m, path):
                 opened = expand_attention(m, args, kwargs)
                 if opened is not None:
                     return opened
@@ -213,6 +169,13 @@ class Tracer(fx.Tracer):
             ) from error
         finally:
             self._evaluating = False
+
+    def is_tensor(self, node: fx.Node) -> bool:
+        """Whether a node gives a tensor, as far as that can be told without data."""
+        try:
+            return isinstance(self.known(node), torch.Tensor)
+        except fx.proxy.TraceError:
+            return False
 
     def same_in_any_batch(self, node: fx.Node, kinds: Any) -> Any:
         """A number that does not depend on the batch.

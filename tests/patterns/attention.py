@@ -71,6 +71,21 @@ class AttentionSDPA(nn.Module):
         return self.out(F.relu(self.proj(y.transpose(1, 2).reshape(n, length, width))))
 
 
+@pattern("attention_many_heads", tokens(), strict=False, free=(("q.weight", 0), ("proj.weight", 1)))
+class AttentionManyHeads(nn.Module):
+    """More heads than channels of each: whole heads go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(16, 32)
+        self.proj, self.out = nn.Linear(32, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        q, k, v = (f(x).unflatten(-1, (8, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(F.relu(self.proj(y)))
+
+
 @pattern("attention_values", tokens(), free=(("v.weight", 0),), whole=(("out.weight", 0),))
 class AttentionValues(nn.Module):
     """Weights come from the input alone: only the values have channels to prune."""
@@ -99,7 +114,12 @@ class MultiheadAttention(nn.Module):
         return self.out(x + self.down(F.gelu(self.up(x))))
 
 
-@pattern("multihead_cross", lambda: (torch.randn(2, 5, 16), torch.randn(2, 7, 24)), strict=False)
+@pattern(
+    "multihead_cross",
+    lambda: (torch.randn(2, 5, 16), torch.randn(2, 7, 24)),
+    strict=False,
+    free=(("attention.out_proj.weight", 1), ("attention.q_proj_weight", 0), ("up.weight", 0)),
+)
 class MultiheadCross(nn.Module):
     """Keys and values of another width, and the attention weights as an output."""
 
@@ -113,6 +133,29 @@ class MultiheadCross(nn.Module):
         return self.out(F.relu(self.up(y + x))), weights
 
 
+@pattern(
+    "multihead_masked",
+    tokens(),
+    strict=False,
+    free=(("attention.out_proj.weight", 1), ("embed.weight", 0)),
+)
+class MultiheadMasked(nn.Module):
+    """A causal mask and dropout in nn.MultiheadAttention."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.attention = nn.MultiheadAttention(16, 4, dropout=0.2, batch_first=True)
+        self.register_buffer("mask", torch.ones(6, 6, dtype=torch.bool).triu(1))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.embed(x)
+        y, _ = self.attention(x, x, x, attn_mask=self.mask, need_weights=False)
+        return self.out(F.relu(x + y))
+
+
 def _layer(norm_first: bool) -> nn.Module:
     layer = nn.TransformerEncoderLayer(
         16, 4, 64, dropout=0.1, activation="gelu", batch_first=True, norm_first=norm_first
@@ -120,15 +163,16 @@ def _layer(norm_first: bool) -> nn.Module:
     return nn.Sequential(nn.Linear(16, 16), layer, nn.Linear(16, 4))
 
 
-@pattern(
-    "transformer_layer", tokens(), strict=False, norm_stats=True, free=(("1.linear1.weight", 0),)
-)
+_LAYER_FREE = (("0.weight", 0), ("1.self_attn.out_proj.weight", 1), ("1.linear1.weight", 0))
+
+
+@pattern("transformer_layer", tokens(), strict=False, norm_stats=True, free=_LAYER_FREE)
 def transformer_layer() -> nn.Module:
     """nn.TransformerEncoderLayer, norm last."""
     return _layer(norm_first=False)
 
 
-@pattern("transformer_layer_norm_first", tokens(), strict=False, norm_stats=True)
+@pattern("transformer_layer_norm_first", tokens(), strict=False, norm_stats=True, free=_LAYER_FREE)
 def transformer_layer_norm_first() -> nn.Module:
     """nn.TransformerEncoderLayer, norm first."""
     return _layer(norm_first=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.patterns.base import Head, cbr, image, pattern
+from tests.patterns.base import Head, cbr, image, pattern, tokens
 
 __all__: list[str] = []
 
@@ -190,6 +190,32 @@ def conv1d() -> nn.Module:
         nn.Flatten(),
         nn.Linear(256, 5),
     )
+
+
+@pattern("conv1d_over_tokens", tokens(), free=(("a.weight", 0), ("mix.weight", 0)))
+class Conv1dOverTokens(nn.Module):
+    """A 1-D convolution of kernel 1 mixes tokens: the channels are its space, and can go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.mix = nn.Linear(16, 32), nn.Conv1d(6, 24, 1)
+        self.back, self.out = nn.Conv1d(24, 6, 1), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(F.relu(self.back(F.silu(self.mix(self.a(x))))))
+
+
+@pattern("batch_norm_of_tokens", tokens(), free=(("a.weight", 0), ("b.weight", 0)))
+class BatchNormOfTokens(nn.Module):
+    """A batch norm whose channels are the tokens, with running statistics of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(F.relu(self.b(self.norm(self.a(x)))))
 
 
 @pattern("conv3d", image(2, 4, 6, 6), free=(("0.weight", 0),))

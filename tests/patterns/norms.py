@@ -260,26 +260,6 @@ class PReLU(nn.Module):
         return self.out(self.each(self.b(self.one(self.a(x)))))
 
 
-@pattern("grn", image(3, 8, 8), free=(("stem.0.weight", 0),), whole=(("up.weight", 0),))
-class GRN(nn.Module):
-    """ConvNeXtV2's global response norm: a mean over channels, so they all stay."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.mid = cbr(3, 32), cbr(32, 8)
-        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
-        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, 16))
-        self.beta = nn.Parameter(torch.zeros(1, 1, 1, 16))
-        self.out = Head(8)
-
-    def forward(self, x: Tensor) -> Any:
-        y = F.gelu(self.up(self.mid(self.stem(x)).permute(0, 2, 3, 1)))
-        response = torch.norm(y, p=2, dim=(1, 2), keepdim=True)
-        response = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
-        y = self.gamma * (y * response) + self.beta + y
-        return self.out(self.down(y).permute(0, 3, 1, 2))
-
-
 @pattern("normalise_channels", free=(("stem.0.weight", 0),), whole=(("a.0.weight", 0),))
 class NormaliseChannels(nn.Module):
     """L2 norm over channels reads them all."""

@@ -52,9 +52,9 @@ class RollChannels(nn.Module):
         return self.c(self.b(y))
 
 
-@pattern("index_select_buffer")
+@pattern("index_select_buffer", free=(("a.0.weight", 0), ("b.0.weight", 0)))
 class IndexSelect(nn.Module):
-    """A fixed permutation held as a buffer of indices; may be pinned or rewritten."""
+    """A fixed permutation held as a buffer of indices."""
 
     permutation: Tensor
 
@@ -65,6 +65,38 @@ class IndexSelect(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.c(self.b(torch.index_select(self.a(x), 1, self.permutation)))
+
+
+@pattern("index_by_buffer", free=(("a.0.weight", 0), ("b.0.weight", 0)))
+class IndexByBuffer(nn.Module):
+    """Channels picked by a buffer in brackets, some of them twice, some never."""
+
+    picked: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = cbr(3, 16), cbr(12, 16), Head(16)
+        self.register_buffer("picked", torch.randint(0, 16, (12,)))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.c(self.b(self.a(x)[:, self.picked]))
+
+
+@pattern("index_written_to", free=(("b.0.weight", 0),), whole=(("a.0.weight", 0),))
+class IndexWrittenTo(nn.Module):
+    """Which channels the buffer picks changes while the network runs."""
+
+    picked: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = cbr(3, 16), cbr(16, 16), Head(16)
+        self.register_buffer("picked", torch.randperm(16))
+
+    def forward(self, x: Tensor) -> Any:
+        picked = self.picked.clone()
+        picked[:8] = 15 - picked[:8]
+        return self.c(self.b(self.a(x)[:, picked]))
 
 
 @pattern("index_by_list")
