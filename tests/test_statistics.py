@@ -165,3 +165,24 @@ def test_they_are_named_or_pinned(
     rows = {m.name for g in strict.groups for m in g.members if m.dim == 0}
     assert not rows & (free - {"c.weight"})
     assert any(pin.reason.startswith(pinned) for pin in strict.pins)
+
+
+def test_statistics_keep_two_values() -> None:
+    """A variance over one value is not defined: 1x1 convolutions keep two inputs."""
+    model = _network(NormFree)
+    pruned = halp_fx.compile(
+        model, 1e-9 + _least_share(model), IMAGE, latency="analytic", min_share=0.0
+    )
+    kept = halp_fx.plan_of(pruned).kept["b.weight"][1]
+    assert kept is not None
+    assert kept.tolist()[:2] == [0, 1]
+    assert torch.isfinite(pruned(IMAGE)).all()
+
+
+def _least_share(model: nn.Module) -> float:
+    try:
+        halp_fx.compile(model, 1e-6, IMAGE, latency="analytic", min_share=0.0)
+    except halp_fx.errors.InfeasibleError as error:
+        least = error.least
+    dense = halp_fx.plan_of(halp_fx.compile(model, 0.9, IMAGE, latency="analytic")).dense_ms
+    return least / dense * 1.001

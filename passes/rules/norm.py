@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from halp_fx.passes.rules.core import (
@@ -44,6 +45,8 @@ def batch_norm(run: LabelRun, call: OpCall) -> None:
             reason = "batch norm takes statistics over the channels"
             if is_stored(source):
                 statistics_over(run, vector, reason)
+                if source.numel() == source.shape[1] * len(np.unique(vector)):
+                    run.pin(vector[:2], "statistics are not defined over fewer than two values")
             else:
                 run.pin(vector, reason)
     channels = labels.get(1)
