@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from halp_fx.errors import LatencyError
+from halp_fx.errors import InputError, LatencyError
 from halp_fx.latency import (
     Calibration,
     Source,
@@ -52,6 +52,7 @@ def calibrate(
         progress: called with how many networks are measured and how many there are.
 
     Raises:
+        InputError: there are no networks to fit on, or none to check.
         LatencyError: the source computes its costs, or its device is not this one, or a network
             can't be measured.
     """
@@ -60,6 +61,11 @@ def calibrate(
         raise LatencyError(
             f"the back-end {backend.name!r} doesn't measure here, so there is nothing to "
             "calibrate: pass one that measures this device"
+        )
+    if networks < 1 or held_out < 1:
+        raise InputError(
+            f"networks={networks}, held_out={held_out}: pass at least one to fit on and one to "
+            "check the fit on"
         )
     costs = price(groups, source, calibrated=False)
     dense, inputs = groups.traced.module, groups.traced.example_inputs

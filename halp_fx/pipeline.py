@@ -26,7 +26,7 @@ from halp_fx.passes.rules.memory import memory_moments, peak
 from halp_fx.passes.rules.scope import Scope, Selection, scope_of
 from halp_fx.passes.rules.widths import Widths
 from halp_fx.passes.saliency import score
-from halp_fx.passes.select import select
+from halp_fx.passes.select import check_solver, select
 from halp_fx.passes.trace import trace
 from halp_fx.types import ChannelGroups, LatencyModel, Plan, Saliency
 
@@ -37,7 +37,7 @@ Choose = Callable[[ChannelGroups, Saliency, LatencyModel, float], Plan]
 
 MIN_SHARE = 0.1
 _REFINEMENTS = 3  # how often the chosen widths are measured and chosen again
-_ROUNDS = 4  # how often a network that misses its budget is selected again
+_ROUNDS = 4  # how often a network is measured; after all but the last it is chosen again
 _TOLERANCE = 0.02  # by how much a measured latency may pass the budget: repeatability of timers
 
 
@@ -135,6 +135,8 @@ def prepare(
             f"candidates={candidates!r}: pass a whole number of at least 1; above 1 it needs data "
             "and loss to try the plans on"
         )
+    further = _latency_limits(also)
+    check_solver(solver, also=further)
     tell = progress if progress is not None else _silent
     with _guarded(model, tell) as stage:
         stage("trace")
@@ -142,13 +144,13 @@ def prepare(
         source = resolve_backend(latency, device=_device_of(model))
         if isinstance(source.backend, Stored):
             warnings.warn(
-                "the latency table was made on another device: times are looked up in it, and the "
-                "result is not measured here",
+                "the latency table was made on another device or with other settings: times are "
+                "looked up in it, and the result is not measured here "
+                f"({source.backend.differs})",
                 stacklevel=3,
             )
         others = [
-            (resolve_backend(where, device=_device_of(model)), parse_budget(most))
-            for where, most in also
+            (resolve_backend(where, device=_device_of(model)), most) for where, most in further
         ]
         stage("groups")
         scope = scope_of(traced.root, include, exclude)
@@ -159,14 +161,17 @@ def prepare(
         scores = score(groups, data, loss, saliency, partial(tell, "saliency"))
         stage("latency")
         costs = price(groups, source, progress=partial(tell, "latency"))
-        further = [(price(groups, elsewhere), most) for elsewhere, most in others]
+        priced = [
+            (price(groups, elsewhere, progress=partial(tell, "latency")), most)
+            for elsewhere, most in others
+        ]
     return Prepared(
         model=model,
         groups=groups,
         scores=scores,
         costs=costs,
         source=source,
-        also=[(other, most.in_ms(other.dense_ms)) for other, most in further],
+        also=[(other, most.in_ms(other.dense_ms)) for other, most in priced],
         options={"solver": solver, "drop_blocks": drop_blocks, "allowed": allowed},
         data=data,
         loss=loss,
@@ -174,6 +179,26 @@ def prepare(
         verify=verify,
         tell=tell,
     )
+
+
+def _latency_limits(also: Any) -> list[tuple[Any, Budget]]:
+    """The pairs of `also`, each with a budget that limits latency alone."""
+    pairs = list(also) if isinstance(also, Iterable) and not isinstance(also, str) else [also]
+    found = []
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise InputError(
+                f"also has {pair!r}: pass a list of pairs (latency, budget), as "
+                '[("onnxruntime", "4ms")]'
+            )
+        most = parse_budget(pair[1])
+        if most.further:
+            raise InputError(
+                f"the budget for {pair[0]!r} in also limits {' and '.join(most.further)} too: "
+                "limit those in the budget itself"
+            )
+        found.append((pair[0], most))
+    return found
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from halp_fx.errors import LatencyError
+from halp_fx.errors import InputError, LatencyError
 from halp_fx.latency import Analytic, Calibration, Job, Source, Stored, measure_jobs
 from halp_fx.passes.rules.counts import parameter_counts
 from halp_fx.passes.rules.cut import cut, signature
 from halp_fx.passes.rules.grids import Grid, Kept, Probe, probes, steps_of
 from halp_fx.passes.rules.kernels import Part, kernel_parts, roofline
-from halp_fx.types import ChannelGroups, Kernel, LatencyModel
+from halp_fx.types import ChannelGroups, Extent, Kernel, LatencyModel
 
 __all__ = ["measurements", "network_key", "price", "refine", "weight_costs"]
 
@@ -44,6 +44,10 @@ def price(
     Args:
         calibrated: where the table has a calibration of this network, scale the kernels by it.
         progress: called with how many measurements are done and how many there are.
+
+    Raises:
+        InputError: the back-end measures, and the source has no table.
+        LatencyError: a kernel can't be measured, or nothing costs time.
     """
     backend = source.backend
     if isinstance(backend, Analytic):
@@ -138,8 +142,9 @@ def _analytic(part: Part, backend: Analytic) -> Kernel:
 def _droppable(kernel: Kernel, groups: ChannelGroups) -> Kernel:
     """A kernel within branches that can be dropped costs nothing when they are.
 
-    Where it only touches such a branch (the sum that follows is fused into it), the cost at the
-    least width stands for what remains.
+    One whose widths are all of the trunk (the norm that a branch ends in) depends on a width of
+    the branch besides. Where it only touches such a branch (the sum that follows is fused into
+    it), the cost at the least width stands for what remains.
     """
     inside = {g: i for i, branch in enumerate(groups.branches) for g in branch.groups}
     owners = [
@@ -149,15 +154,30 @@ def _droppable(kernel: Kernel, groups: ChannelGroups) -> Kernel:
         for axis in kernel.axes
     ]
     if not any(owners):
-        return kernel
+        return _droppable_by(kernel, groups)
     nodes = [set(groups.branches[i].nodes) for i in set().union(*owners)]
     whole = any(set(kernel.nodes) <= n for n in nodes)
     least = [int(axis.size([g.least for g in groups.groups])) for axis in kernel.axes]
     return replace(kernel, cost=_Droppable(kernel.cost, [bool(o) for o in owners], least, whole))
 
 
+def _droppable_by(kernel: Kernel, groups: ChannelGroups) -> Kernel:
+    """The same kernel, free when the smallest branch that it lies in is dropped."""
+    around = [b for b in groups.branches if b.groups and set(kernel.nodes) <= set(b.nodes)]
+    if not around:
+        return kernel
+    group = min(around, key=lambda b: len(b.nodes)).groups[0]
+    unit = Extent(groups.groups[group].units, 0, ((group, 1),))
+    own = len(kernel.axes)
+    cost = _Droppable(kernel.cost, [False] * own + [True], [0] * own, True)
+    return replace(kernel, axes=(*kernel.axes, unit), cost=cost)
+
+
 class _Droppable:
-    """A cost that goes on to width 0 along some axes."""
+    """A cost that goes on to width 0 along some axes.
+
+    `least` has the axes that the cost itself takes; one more may follow, of the branch.
+    """
 
     def __init__(
         self, cost: Callable[..., Any], can_vanish: list[bool], least: list[int], whole: bool
@@ -165,7 +185,7 @@ class _Droppable:
         self.cost, self.can_vanish, self.least, self.whole = cost, can_vanish, least, whole
 
     def __call__(self, *sizes: Any) -> Any:
-        cost = self.cost(*(np.maximum(s, low) for s, low in zip(sizes, self.least, strict=True)))
+        cost = self.cost(*(np.maximum(s, low) for s, low in zip(sizes, self.least, strict=False)))
         if not self.whole:
             return cost
         gone: Any = False
@@ -177,7 +197,8 @@ class _Droppable:
     def with_point(self, sizes: Sequence[int], ms: float) -> _Droppable:
         """The same cost with one more measurement."""
         cost: Any = self.cost
-        return _Droppable(cost.with_point(sizes, ms), self.can_vanish, self.least, self.whole)
+        refined = cost.with_point(sizes[: len(self.least)], ms)
+        return _Droppable(refined, self.can_vanish, self.least, self.whole)
 
 
 def weight_costs(groups: ChannelGroups, ms_per_mb: float) -> list[Kernel]:
@@ -216,7 +237,11 @@ class _Scaled:
 
 def _measured(groups: ChannelGroups, source: Source, progress: Progress | None) -> list[Kernel]:
     table, backend = source.table, source.backend
-    assert table is not None
+    if table is None:
+        raise InputError(
+            f"the back-end {backend.name!r} measures, and there is no table to keep that in: pass "
+            "Source(backend, halp_fx.LatencyTable.open(path))"
+        )
     coarse = bool(getattr(backend, "coarse", False))
     parts = kernel_parts(groups, backend.fuses, split=False)
     grids = [Grid(groups, part, coarse=coarse) for part in parts]

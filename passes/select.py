@@ -188,8 +188,7 @@ def select(
     limits = dict(limits or {})
     if not budget_ms > 0:
         raise BudgetError(f"budget_ms is {budget_ms!r}: pass a latency above 0 milliseconds")
-    check_solver(solver, limits)
-    check_solver(solver, ["params"] if also else [])
+    check_solver(solver, limits, also)
     for name, limit in limits.items():
         if not limit > 0:
             raise BudgetError(f"the limit on {name} is {limit!r}: pass a count above 0")
@@ -252,8 +251,12 @@ def _allowed(allowed: Widths | None, min_share: float) -> Widths:
     return allowed
 
 
-def check_solver(solver: str, further: Collection[str] = ()) -> None:
+def check_solver(solver: str, further: Collection[str] = (), also: Collection[object] = ()) -> None:
     """Whether there is such a solver, and it takes these limits besides the latency.
+
+    Args:
+        further: of "params", "macs" and "memory".
+        also: limits on further latencies.
 
     Raises:
         InputError: it is unknown, or takes no further limits; the message says what to pass.
@@ -267,6 +270,11 @@ def check_solver(solver: str, further: Collection[str] = ()) -> None:
         raise InputError(
             f"the solver {solver!r} takes a limit on latency alone: leave {' and '.join(further)} "
             "out of the budget, or use solver='joint'"
+        )
+    if also and solver != "joint":
+        raise InputError(
+            f"the solver {solver!r} takes a limit on latency alone, and on one device: leave "
+            "`also` out, or use solver='joint'"
         )
 
 
@@ -282,7 +290,8 @@ def _all_or_none(branches: Iterable[Branch], sizes: Sequence[IntArray]) -> list[
 
 def _output_axis(groups: ChannelGroups, kernel: Kernel) -> int:
     """The axis that the kernel's result has, channels first; -1 if none can change."""
-    spec = groups.outputs.get(kernel.nodes[-1])
+    # What a calibration adds for the weights is no node's.
+    spec = groups.outputs.get(kernel.nodes[-1]) if kernel.nodes else None
     if not isinstance(spec, TensorSpec):
         return -1
     keys = [_key(axis) for axis in kernel.axes]

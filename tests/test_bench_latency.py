@@ -71,4 +71,10 @@ def test_mistakes(tmp_path: Path) -> None:
         "bench", "latency", "--backends", "tpu", "-o", tmp_path / "l"
     )
     assert "above 1" in refused("bench", "speedup", "--budgets", "2", "-o", tmp_path / "s")
+    speedup = ("bench", "speedup", "--models", SMALL, "--backend", "torch", "-o", tmp_path / "s")
+    assert "--dtype float7: there is no such type" in refused(*speedup, "--dtypes", "float7")
+    assert "--dtype int8: there is no such type" in refused(*speedup, "--dtypes", "int8")
+    assert "--batches two: pass whole numbers" in refused(*speedup, "--batches", "1,two")
+    assert "--budgets 4ms: pass shares" in refused(*speedup, "--budgets", "0.5,4ms")
+    assert "'half' can't be parsed" in refused(*speedup, "--budgets", "half")
     assert "--models is empty" in refused("bench", "speedup", "--models", ",", "-o", tmp_path)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import halp_fx
 from halp_fx.calibrate import calibrate, random_plan
-from halp_fx.errors import LatencyError
+from halp_fx.errors import InputError, LatencyError
 from halp_fx.latency import Analytic, Calibration, LatencyTable, Source, fit_calibration
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import network_key, price, refine
@@ -178,6 +178,36 @@ def test_compile_plans_with_the_calibration() -> None:
     assert plan.report["measured_rounds"] == 1
     assert plan.predicted_ms == pytest.approx(plan.report["measured_ms"], rel=0.03)
     oracle.assert_exact(model, pruned, (X,))
+
+
+@pytest.mark.parametrize("solver", ["joint", "halp"])
+def test_compile_plans_with_the_weights_from_memory(solver: str) -> None:
+    model = oracle.randomize(Net()).eval()
+    source = Source(Whole(), LatencyTable.open(":memory:"))
+    groups = find_groups(trace(model, X))
+    bare = price(groups, source)
+    found = Calibration(50.0, 1.5, 40_000.0, 9, 4, 0.01, 0.02, 1.0)
+    assert source.table is not None
+    source.table.put_calibration(network_key(groups, True), Whole().fingerprint(), found)
+    pruned = halp_fx.compile(model, 0.6, X, latency=source, solver=solver, verify=False)
+    plan = halp_fx.plan_of(pruned)
+    weights = 4e-6 * sum(p.numel() for p in model.parameters())
+    assert plan.dense_ms == pytest.approx(found.whole_ms(bare.dense_ms, weights))
+    kept = [len(units) for units in plan.units]
+    left = 4e-6 * sum(p.numel() for p in pruned.parameters())
+    alone = refine(groups, source, bare, kept).total_ms(kept)
+    assert plan.predicted_ms == pytest.approx(found.whole_ms(alone, left))
+    assert plan.predicted_ms <= plan.budget_ms
+
+
+def test_no_networks_to_fit_on_or_to_check() -> None:
+    groups = find_groups(trace(Net().eval(), X))
+    source = Source(Whole(), LatencyTable.open(":memory:"))
+    for networks, held_out in ((0, 4), (4, 0)):
+        with pytest.raises(InputError, match="at least one to fit on and one to check"):
+            calibrate(groups, source, networks=networks, held_out=held_out)
+    assert source.table is not None
+    assert not source.table.entries()
 
 
 def test_random_plans_differ_and_repeat() -> None:

@@ -16,7 +16,8 @@ from torch import nn
 
 import halp_fx
 from halp_fx.errors import DependencyError
-from halp_fx.latency import Analytic, LatencyTable, Source
+from halp_fx.latency import Analytic, Calibration, LatencyTable, Source, Torch
+from halp_fx.passes.latency import network_key
 from halp_fx.tools import advice, profiler, sweep
 from tests.test_cli import NET, ok, refused
 
@@ -91,13 +92,25 @@ def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
     assert measured <= set(after)
 
 
+def test_more_networks_are_measured_where_more_are_asked_for(tmp_path: Path) -> None:
+    model, x = make_small()
+    groups = profiler.groups_of(model, (x,))
+    backend = Torch(threads=1, min_sample_ms=0.02, samples=3)
+    with LatencyTable.open(tmp_path / "t.sqlite") as table:
+        counts = []
+        for asked in (3, 3, 6, 4):
+            found = profiler.profile(groups, Source(backend, table), calibrate_on=asked).calibration
+            counts.append((found.networks, found.held_out))
+    assert counts == [(3, 1), (3, 1), (5, 2), (5, 2)]
+
+
 def test_analytic_shows_costs() -> None:
     text = ok("profile", NET, "--backend", "analytic")
     assert "dense network" in text
     assert "conv" in text
 
 
-def test_options_that_have_no_meaning() -> None:
+def test_options_that_have_no_meaning(tmp_path: Path) -> None:
     assert "computes costs" in refused("profile", NET, "--backend", "analytic", "--threads", 1)
     assert "no back-end 'tpu'" in refused("profile", NET, "--backend", "tpu")
     for option in (("--device", "cuda"), ("--dtype", "bfloat16"), ("--channels-last",)):
@@ -108,6 +121,14 @@ def test_options_that_have_no_meaning() -> None:
     )
     assert "no such type" in refused("profile", NET, "--backend", "torch", "--dtype", "float7")
     assert "at least 3 networks" in refused("profile", NET, "--calibrate", 2)
+    bundle = ("profile", NET, "--bundle", tmp_path / "bundle")
+    text = refused(*bundle, "--threads", 4, "--backend", "torch", "--advise")
+    assert "--bundle takes no --backend, --threads, --advise: a bundle is measured by ONNX" in text
+    assert "--bundle takes no --output" in refused(*bundle, "-o", "t.sqlite")
+    assert "--import takes no --threads, --bundle" in refused(
+        *bundle, "--import", "results.jsonl", "--threads", 4
+    )
+    assert not (tmp_path / "bundle").exists()
     assert "cuda_graphs is for" in refused("profile", NET, "--backend", "torch", "--cuda-graphs")
 
 
@@ -136,6 +157,22 @@ def test_what_advice_says() -> None:
     launches = profiler.profile(groups, Source(started, None))
     slow = advice.advice_of(groups, launches, Source(started, None))
     assert slow.least_ms > 0.9 * slow.dense_ms
+
+
+def test_advice_with_a_calibrated_table() -> None:
+    """What a calibration adds is time, and neither a kernel nor started."""
+    model, x = make_small()
+    groups = profiler.groups_of(model, (x,))
+    backend = Torch(threads=1, min_sample_ms=0.02, samples=3)
+    with LatencyTable.open(":memory:") as table:
+        source = Source(backend, table)
+        bare = advice.advice_of(groups, profiler.profile(groups, source), source)
+        found = Calibration(0.001, 1.0, 0.5, 9, 4, 0.01, 0.02, 1.0)
+        table.put_calibration(network_key(groups, backend.fuses), backend.fingerprint(), found)
+        calibrated = advice.advice_of(groups, profiler.profile(groups, source), source)
+    assert calibrated.kernels == bare.kernels
+    assert calibrated.dense_ms > bare.dense_ms
+    assert calibrated.least_ms < calibrated.dense_ms
 
 
 def test_a_bundle_and_its_results(tmp_path: Path) -> None:

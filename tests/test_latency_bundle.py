@@ -328,7 +328,7 @@ def test_the_runner_measures_all_without_pytorch(measured: Written) -> None:
     for record in records:
         assert record["median_ms"] > 0
         assert record["spread_ms"] >= 0
-        assert record["samples"] == 2
+        assert record["samples"] in (2, 4, 6)  # more where they scatter
     again = run(measured.folder, *QUICK)
     assert again.returncode == 0
     assert "to measure" not in again.stderr
@@ -386,7 +386,7 @@ def test_a_gpu_is_described(
 
 def test_a_killed_run_goes_on_where_it_was(written: Written, tmp_path: Path) -> None:
     copy = written.copy(tmp_path / "b")
-    options = ("--samples", "3", "--min-sample-ms", "10")
+    options = ("--samples", "3", "--min-sample-ms", "2")
     command = [sys.executable, "-c", ALONE, str(copy.folder / "run.py"), *options]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -596,6 +596,31 @@ def test_a_batch_is_measured_again_while_the_sentinel_drifts(
     assert len({tuple(turn) for turn in rounds}) > 1
     unsteady = "the device is unsteady" in capfd.readouterr().err
     assert unsteady == (attempts == 3)
+
+
+def test_kernels_whose_times_scatter_are_sampled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: CLOCK[0])
+    meter = Simulated([1.0] * 10)
+    order, jitter = random.Random(0), random.Random(1)
+    sentinel = bundle_runner._Sentinel({"ms": 2.0}, meter, order)
+    steady = meter.probe
+
+    def probe(entry: dict[str, Any]) -> bundle_runner._Probe:
+        made = steady(entry)
+        take = made.run
+
+        def unsteady() -> None:
+            take()
+            CLOCK[0] += int(1e6 * jitter.uniform(0, entry.get("jitter", 0.0)))
+
+        made.run = unsteady
+        return made
+
+    monkeypatch.setattr(meter, "probe", probe)
+    entries = [{"ms": 1.0}, {"ms": 1.0, "jitter": 2.0}]
+    timings = bundle_runner._measure_batch(entries, meter, sentinel, order)
+    assert [t["samples"] for t in timings] == [4, 12]
+    assert timings[0]["median_ms"] == pytest.approx(1.0)
 
 
 def test_a_block_is_as_long_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,12 @@ def test_what_the_runtime_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         OnnxRuntime().prepare(nn.ReLU(), (torch.zeros(2),))
 
 
+def test_a_type_that_the_runtime_lacks_is_told_with_what_to_do() -> None:
+    convolution, x = nn.Conv2d(2, 2, 1).to(torch.bfloat16), torch.zeros(1, 2, 4, 4).bfloat16()
+    with pytest.raises(LatencyError, match='Measure with the back-end "torch" instead, or in fl'):
+        OnnxRuntime().prepare(convolution, (x,))
+
+
 def test_a_missing_exporter_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def export(*args: Any, **options: Any) -> Any:
         raise ModuleNotFoundError("No module named 'onnxscript'", name="onnxscript")

@@ -76,8 +76,22 @@ def test_one_more_measurement() -> None:
     assert cost(11) == pytest.approx(60.0)
     assert cost(8) == pytest.approx(8.0)
     assert cost(30) == pytest.approx(30.0)
-    unchanged = cost.with_point([11], 1.0).with_point([4], 1.0).with_point([16], math.inf)
-    assert [unchanged(n) for n in (11, 12, 16)] == [cost(n) for n in (11, 12, 16)]
+    assert cost.with_point([16], math.inf)(16) == cost(16)
+
+
+def test_a_measurement_between_two_steps_holds_for_itself_alone() -> None:
+    cost = _stair().with_point([11], 1.0).with_point([4], 2.0)
+    assert [cost(n) for n in (4, 11)] == [2.0, 1.0]
+    assert cost(np.array([[11], [7]])).tolist() == [[1.0], [_stair()(7)]]
+    assert [cost(n) for n in (5, 8, 10, 12, 30)] == [_stair()(n) for n in (5, 8, 10, 12, 30)]
+    assert cost.with_point([12], 20.0)(11) == 1.0
+
+    grid = GridCost((np.array([8, 16]), np.array([8, 16])), np.ones((2, 2)))
+    two = SteppedCost(grid, [Step(4, (2.0, 1.0)), Step()], [8, 8], [16, 16])
+    found = two.with_point([11, 8], 5.0)(np.arange(8, 17)[:, None], np.arange(8, 17)[None])
+    assert found[3, 0] == 5.0
+    assert found[3, 1] == found[1, 0] == 2.0
+    assert found[4, 0] == 1.0
 
 
 def test_a_point_changes_only_the_cells_around_it() -> None:

@@ -150,6 +150,8 @@ def test_the_fingerprint_names_what_changes_a_latency() -> None:
         ({"threads": 0}, "threads is 0: pass a whole number"),
         ({"threads": True}, "threads is True"),
         ({"dtype": torch.int8}, "dtype is torch.int8: pass a floating point type"),
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16': pass a floating point type, as torch.bf"),
+        ({"device": None}, 'device is None: pass "cpu" or "cuda"'),
         ({"samples": 0}, "samples is 0"),
         ({"min_sample_ms": -1.0}, "min_sample_ms is -1.0: pass a finite number above 0"),
     ],

@@ -91,6 +91,30 @@ def test_a_limit_on_memory(memory: float) -> None:
     assert free.value >= halp_fx.plan_of(pruned).value
 
 
+class Parallel(nn.Module):
+    """Four widths and their sum are alive at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 1)
+        self.branches = nn.ModuleList(nn.Conv2d(16, 256, 1) for _ in range(4))
+        self.head = nn.Conv2d(4 * 256, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y: Tensor = self.head(torch.cat([torch.relu(branch(x)) for branch in self.branches], 1))
+        return y
+
+
+def test_many_tensors_alive_at_a_time() -> None:
+    """Bytes are limited by sums of costs, not by a table of all widths together."""
+    model, x = oracle.randomize(Parallel()).eval(), torch.randn(1, 3, 6, 6)
+    pruned = halp_fx.compile(model, halp_fx.Budget(memory=0.5), x, latency="analytic")
+    report = halp_fx.plan_of(pruned).report["memory"]
+    assert report["dense"] == 4 * 36 * 2 * 4 * 256  # the branches and their concat
+    assert report["pruned"] == counted(pruned, x) <= 0.5 * report["dense"]
+
+
 def test_memory_that_can_not_be_met() -> None:
     with pytest.raises(InfeasibleError, match=r"bytes of memory can't be met: the fewest"):
         halp_fx.compile(

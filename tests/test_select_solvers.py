@@ -195,6 +195,31 @@ def test_wrong_options(stages: Stages) -> None:
         check_solver("halp", ("params", "macs"))
 
 
+@pytest.mark.parametrize(
+    ("also", "message"),
+    [
+        (("analytic", "4ms"), r"also has 'analytic': pass a list of pairs \(latency, budget\)"),
+        ([("analytic",)], r"also has \('analytic',\): pass a list of pairs"),
+        ("analytic", "also has 'analytic': pass a list of pairs"),
+        ([("analytic", Budget(share=0.5, params=0.5))], "in also limits params too: limit those"),
+    ],
+    ids=str,
+)
+def test_further_latencies_that_are_none(also: Any, message: str) -> None:
+    model, x = make()
+    with pytest.raises(InputError, match=message):
+        halp_fx.compile(model, 0.5, x, latency="analytic", also=also)
+
+
+def test_further_latencies_are_for_the_joint_solver(stages: Stages) -> None:
+    model, x = make()
+    message = "'halp' takes a limit on latency alone, and on one device: leave `also` out"
+    with pytest.raises(InputError, match=message):
+        halp_fx.compile(model, 0.5, x, solver="halp", also=[("analytic", 0.5)])
+    with pytest.raises(InputError, match=message):
+        select(*stages, 1.0, solver="halp", also=[(stages[2], 1.0)])
+
+
 def test_outputs_of_the_kernels(stages: Stages) -> None:
     """The paper's solver moves the axis of what a kernel writes."""
     groups, saliency, latency = stages

@@ -43,6 +43,8 @@ def advice_of(groups: ChannelGroups, model: LatencyModel, source: Source) -> Adv
     """
     dense = groups.dense_units
     times = [float(k.cost(*(a.size(dense) for a in k.axes))) for k in model.kernels]
+    # Those without nodes are what a calibration adds: time, but nothing that is started.
+    started = [ms for k, ms in zip(model.kernels, times, strict=True) if k.nodes]
     movable = sum(ms for k, ms in zip(model.kernels, times, strict=True) if k.axes)
     overhead_ms = None
     if source.backend.measured and not isinstance(source.backend, Stored):
@@ -50,13 +52,13 @@ def advice_of(groups: ChannelGroups, model: LatencyModel, source: Source) -> Adv
         overhead_ms = measure_network(nn.ReLU().eval(), nothing, source.backend).median_ms
     overhead = None
     if overhead_ms is not None:
-        overhead = sum(min(ms, overhead_ms) for ms in times if ms > 0) / model.dense_ms
+        overhead = sum(min(ms, overhead_ms) for ms in started) / model.dense_ms
     return Advice(
         dense_ms=model.dense_ms,
         prunable=movable / model.dense_ms,
         overhead=overhead,
         overhead_ms=overhead_ms,
-        kernels=len(model.kernels),
+        kernels=len(started),
         least_ms=_least_ms(groups, model),
     )
 

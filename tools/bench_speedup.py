@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 import halp_fx
+from halp_fx.budget import parse_budget
 from halp_fx.errors import InfeasibleError, InputError
 from halp_fx.latency import Source
 from halp_fx.pipeline import Progress, prepare
@@ -60,7 +61,7 @@ def speedups(
     network, own = load_model(model)
     image = image if own is None else own[0][:1]
     inputs = image.expand(batch, *image.shape[1:]).contiguous()
-    kind = getattr(torch, dtype)
+    kind = profiler.dtype_of(dtype)
     prepared = prepare(network.to(kind), inputs.to(kind), latency=source, progress=progress)
     rows = []
     for budget in budgets:
@@ -85,6 +86,19 @@ def speedups(
             )
         )
     return rows
+
+
+def _share(text: str) -> float:
+    found = parse_budget(text).share
+    if found is None:
+        raise InputError(f"--budgets {text}: pass shares of the dense latency, as 0.667,0.5")
+    return found
+
+
+def _batch(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise InputError(f"--batches {text}: pass whole numbers of at least 1, as 1,256")
+    return int(text)
 
 
 def add_command(app: typer.Typer) -> None:
@@ -123,7 +137,11 @@ def _command(
 ) -> None:
     """Prunes networks to shares of their latency and measures what came out."""
     del debug
-    shares = [halp_fx.Budget(share=float(b)).share or 1.0 for b in budgets.split(",")]
+    shares = [_share(text) for text in budgets.split(",")]
+    sizes = [_batch(text) for text in batches.split(",")]
+    kinds = [text.strip() for text in dtypes.split(",")]
+    for kind in kinds:
+        profiler.dtype_of(kind)
     names = [name.strip() for name in models.split(",") if name.strip()]
     if not names:
         raise InputError("--models is empty: name some, as torchvision:resnet50")
@@ -131,8 +149,8 @@ def _command(
     rows: list[Speedup] = []
     with progress_bars() as progress:
         for name in names:
-            for dtype in dtypes.split(","):
-                for batch in (int(b) for b in batches.split(",")):
+            for dtype in kinds:
+                for batch in sizes:
 
                     def tell(
                         stage: str, done: int, total: int, run: str = f"{name} {dtype} {batch}"
@@ -140,7 +158,7 @@ def _command(
                         progress(f"{stage} {run}", done, total)
 
                     image = parse_input(shape)[:1]
-                    rows += speedups(name, shares, image, batch, source, dtype.strip(), tell)
+                    rows += speedups(name, shares, image, batch, source, dtype, tell)
                     write_rows(rows, output / "speedup.csv")
     out().print(rows_table(f"measured with {backend}", rows))
     err().print(f"wrote {escape(str(output / 'speedup.csv'))}")

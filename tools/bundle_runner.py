@@ -40,6 +40,8 @@ VERSION = 1
 _BATCH = 12  # kernels alive at a time
 _MAX_DRIFT = 0.25  # of the sentinel from its running median
 _MAX_REDOS = 2
+_UNCERTAINTY = 0.02  # of a median, at which a kernel has been sampled enough
+_MAX_EXTENSIONS = 2  # times that the samples of an uncertain kernel are taken again
 _SENTINEL_MEMORY = 15  # times that its running median is taken over
 _WARM_UP_CALLS = 3
 _WARM_UP_MS = 200.0  # a call longer than this warms up by itself
@@ -87,7 +89,12 @@ def _options(folder: Path, arguments: Sequence[str] | None) -> argparse.Namespac
         default="CPUExecutionProvider",
         help="execution provider of ONNX Runtime (default: CPUExecutionProvider)",
     )
-    add("--samples", type=_count, default=9, help="samples of each kernel (default: 9)")
+    add(
+        "--samples",
+        type=_count,
+        default=9,
+        help="samples of each kernel (default: 9); up to three times as many where they scatter",
+    )
     add(
         "--min-sample-ms",
         type=_positive,
@@ -263,6 +270,14 @@ class _Meter:
         lower, median, upper = (float(p) for p in self.numpy.percentile(blocks, [25, 50, 75]))
         return {"median_ms": median, "spread_ms": (upper - lower) / 2, "samples": len(blocks)}
 
+    def is_uncertain(self, blocks: Sequence[float]) -> bool:
+        """Whether the 95 % interval of the median is wide.
+
+        1.57 IQR / sqrt(n): McGill, Tukey and Larsen, Variations of Box Plots, 1978.
+        """
+        lower, median, upper = (float(p) for p in self.numpy.percentile(blocks, [25, 50, 75]))
+        return 1.57 * (upper - lower) / math.sqrt(len(blocks)) > _UNCERTAINTY * median
+
     def _session(self, path: Path) -> Any:
         runtime = self.runtime
         options = runtime.SessionOptions()
@@ -369,6 +384,7 @@ def _measure_batch(
     least_drift = math.inf
     for _ in range(1 + _MAX_REDOS):
         sampled = meter.round_robin([*probes, sentinel.probe], order)
+        _settle(sampled, [*probes, sentinel.probe], meter, order)
         ms = statistics.median(sampled.pop())
         drift = sentinel.drift(ms)
         sentinel.record(ms)
@@ -382,6 +398,17 @@ def _measure_batch(
             "close other programs or fix the clock rate for better measurements"
         )
     return [meter.timing(blocks) for blocks in best]
+
+
+def _settle(
+    sampled: list[list[float]], probes: Sequence[_Probe], meter: _Meter, order: random.Random
+) -> None:
+    """Take more samples of the kernels whose median is still uncertain."""
+    for _ in range(_MAX_EXTENSIONS):
+        unsure = [k for k, blocks in enumerate(sampled) if meter.is_uncertain(blocks)]
+        more = meter.round_robin([probes[k] for k in unsure], order) if unsure else []
+        for i, k in enumerate(unsure):
+            sampled[k].extend(more[i])
 
 
 def _block_ms(run: Callable[[], None], calls: int) -> float:

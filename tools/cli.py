@@ -19,6 +19,8 @@ from halp_fx.tools import prune as pruner
 from halp_fx.tools.console import DebugOption, HalpCommands, err, out, progress_bars
 from halp_fx.tools.coverage_models import Family
 from halp_fx.tools.coverage_report import coverage_table
+from halp_fx.tools.experiments import accuracy_cli
+from halp_fx.tools.experiments import cli as experiments_cli
 from halp_fx.tools.models import parse_input
 from halp_fx.tools.options import InputOption, ModelArgument, PretrainedOption, WeightsOption, load
 
@@ -52,6 +54,7 @@ bench_solve.add_command(bench_app)
 bench_latency.add_commands(bench_app)
 bench_speedup.add_command(bench_app)
 cli_profile.add_commands(app)
+accuracy_cli.add_commands(experiments_cli.add_commands(app))
 
 
 class Format(StrEnum):

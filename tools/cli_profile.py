@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from halp_fx.errors import InputError
-from halp_fx.latency import LatencyTable, default_table_path, import_results
+from halp_fx.latency import LatencyTable, OnnxRuntime, default_table_path, import_results
 from halp_fx.latency.device import summary
 from halp_fx.tools import advice, profiler
 from halp_fx.tools import sweep as sweeper
@@ -115,9 +116,31 @@ def profile(
     del debug
     if calibrate in (1, 2):
         raise InputError(f"--calibrate {calibrate}: it takes at least 3 networks, or 0 for none")
+    elsewhere = {
+        "--backend": backend != OnnxRuntime.name,
+        "--threads": threads is not None,
+        "--device": device is not None,
+        "--dtype": dtype is not None,
+        "--channels-last": channels_last,
+        "--cuda-graphs": cuda_graphs,
+        "--provider": provider is not None,
+        "--advise": advise,
+    }
     if results is not None:
+        _refuse(
+            "--import",
+            {**elsewhere, "--bundle": bundle is not None},
+            "the results say how they were measured",
+        )
         _take(results, output)
         return
+    if bundle is not None:
+        _refuse(
+            "--bundle",
+            {**elsewhere, "--output": output is not None},
+            "a bundle is measured by ONNX Runtime, with the options of its run.py on the device "
+            "(python run.py --help)",
+        )
     network, example = load(model, shapes, batch=batch)
     if bundle is not None:
         with progress_bars() as progress:
@@ -148,6 +171,13 @@ def profile(
         out().print(advice.advice_text(advice.advice_of(groups, priced, source)))
     if source.table is not None:
         err().print(f"wrote {escape(source.table.path)}")
+
+
+def _refuse(option: str, given: Mapping[str, bool], reason: str) -> None:
+    """Options that would have no effect are mistakes."""
+    idle = [name for name, is_given in given.items() if is_given]
+    if idle:
+        raise InputError(f"{option} takes no {', '.join(idle)}: {reason}")
 
 
 def _take(results: Path, output: Path | None) -> None:

@@ -18,6 +18,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from halp_fx.errors import InputError
+from halp_fx.tools.inspector_heads import cause_of, causes, places_of, read_by, rows_of
 from halp_fx.tools.models import close_matches
 from halp_fx.types import ChannelGroups, Group, Pin
 
@@ -30,22 +31,35 @@ Node = tuple[str, int]  # (parameter, dim), as in ChannelGroups.graph
 _NUMBER_LIST = re.compile(r"\[\n[\d\s,\[\]]*\]")
 
 _SHOWN = 4  # names listed in a table's cell before "+12"
+_READERS = 6  # a level of an SSD has two heads and the next level
+_PLACES = 8
 
 
 def groups_table(groups: ChannelGroups) -> Table:
-    """One row a group: its channels, where they sit, and the operators that couple them."""
+    """One row a group: its channels, what makes and what reads them, and what couples them.
+
+    A layer that reads other channels beside them, after a concatenation, says of how many:
+    "features.4.squeeze (64 of 128)".
+    """
     table = Table(title=f"{groups.traced.model_name}: groups of coupled channels")
     table.add_column("group", overflow="fold")
     table.add_column("channels", justify="right", no_wrap=True)
     table.add_column(escape("parameters [dim]"))
+    table.add_column("read by")
     table.add_column("coupled by")
     for group in groups.groups:
         channels = f"{group.units}" if group.width == 1 else f"{group.units} x {group.width}"
-        places = [f"{member.name}[{member.dim}]" for member in group.members]
+        readers = _shorten(read_by(groups, group), _READERS)
         coupled = [
             f"{op} ({_shorten(nodes, 2)})" for op, nodes in sorted(_operators(groups, group))
         ]
-        cells = (group.name, channels, _shorten(places), ", ".join(coupled))
+        cells = (
+            group.name,
+            channels,
+            _shorten(rows_of(groups, group)),
+            readers,
+            ", ".join(coupled),
+        )
         table.add_row(*(escape(cell) for cell in cells))
     total = sum(group.units * group.width for group in groups.groups)
     count = len(groups.groups)
@@ -54,16 +68,18 @@ def groups_table(groups: ChannelGroups) -> Table:
 
 
 def pins_table(groups: ChannelGroups) -> Table:
-    """One row for each node that pins channels: which, why, and the line of source."""
+    """One row for each node that pins channels: which, why, and the line of source.
+
+    Of the network's outputs, one row each. Where a view splits the channels of an output, the
+    reason says into what, as "4 x 91" for 4 anchors of 91 classes.
+    """
     table = Table(title="channels that must stay")
     for header in ("node", "reason", "parameters [dim] (channels)", "source"):
         table.add_column(escape(header), overflow="fold")
-    merged: dict[tuple[str, str, str], list[Pin]] = {}
-    for pin in groups.pins:
-        merged.setdefault((pin.node, pin.reason, pin.source), []).append(pin)
-    for (node, reason, source), pins in merged.items():
-        places = [f"{pin.name}[{pin.dim}] ({len(pin.index)})" for pin in pins]
-        table.add_row(*(escape(cell) for cell in (node, reason, _shorten(places), _line(source))))
+    for cause, pins in causes(groups):
+        places = _shorten(places_of(pins), _PLACES)
+        cells = (cause.node, cause.text, places, _line(cause.source))
+        table.add_row(*(escape(cell) for cell in cells))
     for module, reason in sorted(groups.traced.opaque.items()):
         table.add_row(escape(module), escape(f"held whole: {reason}"), "", "")
     return table
@@ -102,7 +118,7 @@ def explain(groups: ChannelGroups, layer: str, to: str | None = None) -> list[Re
             found.append(_tree(groups, source, around))
         shown |= around
         pins = _pins_at(groups, source)
-        found += [_pin_text(source, pin) for pin in pins]
+        found += [_pin_text(groups, source, pin) for pin in pins]
         if not around and not pins:
             found += _pinned_through(groups, source)
     if not found:
@@ -211,7 +227,7 @@ def _pinned_through(groups: ChannelGroups, source: Node) -> list[RenderableType]
         pins = _pins_at(groups, place)
         if pins:
             path = nx.shortest_path(groups.graph, source, place)
-            return [_path_tree(groups, path), *(_pin_text(place, pin) for pin in pins)]
+            return [_path_tree(groups, path), *(_pin_text(groups, place, pin) for pin in pins)]
     return []
 
 
@@ -287,10 +303,11 @@ def _edges(graph: Any, left: Node, right: Node) -> list[dict[str, Any]]:
     return list(graph.get_edge_data(left, right).values())
 
 
-def _pin_text(place: Node, pin: Pin) -> Text:
+def _pin_text(groups: ChannelGroups, place: Node, pin: Pin) -> Text:
     where = f", {_line(pin.source)}" if pin.source else ""
-    text = Text(f"{_place(place)}: {len(pin.index)} channels pinned by node {pin.node}: ")
-    text.append(f"{pin.reason}{where}", style="yellow")
+    cause = cause_of(groups, pin)
+    text = Text(f"{_place(place)}: {len(pin.index)} channels pinned by node {cause.node}: ")
+    text.append(f"{cause.text}{where}", style="yellow")
     return text
 
 

@@ -30,7 +30,7 @@ from halp_fx.passes.latency import measurements, price
 from halp_fx.passes.trace import trace
 from halp_fx.types import ChannelGroups, LatencyModel
 
-__all__ = ["groups_of", "kernel_table", "profile", "source_of", "write_bundle_of"]
+__all__ = ["dtype_of", "groups_of", "kernel_table", "profile", "source_of", "write_bundle_of"]
 
 
 def source_of(
@@ -84,7 +84,7 @@ def source_of(
         made = kind(
             device or "cpu",
             threads=threads,
-            dtype=None if dtype is None else _dtype(dtype),
+            dtype=None if dtype is None else dtype_of(dtype),
             channels_last=channels_last,
             cuda_graphs=cuda_graphs,
         )
@@ -98,9 +98,14 @@ def source_of(
     return Source(made, LatencyTable.open(table or default_table_path()))
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
+    """The floating point type of that name, as "bfloat16".
+
+    Raises:
+        InputError: torch has no such type.
+    """
     found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(f"--dtype {name}: there is no such type; use float32, bfloat16 or float16")
     return found
 
@@ -125,14 +130,18 @@ def profile(
 
     Args:
         calibrate_on: networks of random widths that are measured whole, a third of them to check
-            the calibration on; 0: none. Nothing is measured where the table has a calibration.
+            the calibration on; 0: none. Nothing is measured where the table has a calibration
+            on as many.
 
     Raises:
         HalpError: a kernel or a network can't be measured.
     """
     tell = progress or (lambda stage, done, total: None)
     model = price(groups, source, progress=partial(tell, "latency"))
-    if not calibrate_on or model.calibration is not None or source.table is None:
+    found = model.calibration
+    # The dense network is fitted besides those of random widths.
+    known = 0 if found is None else found.networks - 1 + found.held_out
+    if known >= calibrate_on or source.table is None:
         return model
     held_out = max(calibrate_on // 3, 1)
     calibrate(

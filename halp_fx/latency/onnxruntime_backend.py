@@ -89,7 +89,10 @@ class OnnxRuntime:
         except LatencyError:
             raise
         except Exception as e:  # onnxruntime's exceptions share no base class of their own
-            raise LatencyError(f"ONNX Runtime can't run {_describe(module, tensors)}: {e}") from e
+            raise LatencyError(
+                f"ONNX Runtime can't run {_describe(module, tensors)}: {e}. Measure with the "
+                'back-end "torch" instead, or in float32: it lacks many operators of other types.'
+            ) from e
 
     def block_ms(self, run: Callable[[], None], calls: int) -> float:
         """Milliseconds that `calls` calls of `run` take together."""

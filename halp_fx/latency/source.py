@@ -58,6 +58,18 @@ class Stored:
         known = {made.name: made.fuses for made in (Torch, TorchCompile, OnnxRuntime, Analytic)}
         return known.get(self.name, bool(fields.get("fuses", False)))
 
+    @property
+    def coarse(self) -> bool:
+        """Whether that back-end measures few widths."""
+        return self.name == TorchCompile.name
+
+    @property
+    def differs(self) -> str:
+        """What differs from this device, or why there is no such back-end here."""
+        if set(fingerprint_fields(self.here)) == {"fingerprint"}:
+            return self.here
+        return "; ".join(differences(self.text, self.here))
+
     def fingerprint(self) -> str:
         """The fingerprint in the table."""
         return self.text
@@ -70,7 +82,7 @@ class Stored:
         """
         raise DeviceMismatchError(
             "the latency table was made on another device and lacks this measurement, which "
-            f"can't be made here ({'; '.join(differences(self.text, self.here))}). Complete the "
+            f"can't be made here ({self.differs}). Complete the "
             "table on its own device, or measure this one."
         )
 

@@ -107,6 +107,7 @@ class SteppedCost:
         steps: one an axis.
         least: the least size measured, one an axis.
         dense: the largest.
+        known: milliseconds measured at sizes that are no full steps.
     """
 
     def __init__(
@@ -115,8 +116,9 @@ class SteppedCost:
         steps: Sequence[Step],
         least: Sequence[int],
         dense: Sequence[int],
+        known: Mapping[tuple[int, ...], float] | None = None,
     ) -> None:
-        self.cost = cost
+        self.cost, self.known = cost, dict(known or {})
         self.steps, self.least, self.dense = tuple(steps), tuple(least), tuple(dense)
 
     def __call__(self, *sizes: Any) -> Any:
@@ -133,16 +135,27 @@ class SteppedCost:
                     applies = between & ((n & -n) == 1 << power)
                     factor = factor * np.where(applies, penalty, 1.0)
         cost = self.cost(*full) * factor
+        for point, ms in self.known.items():
+            at: Any = True
+            for size, measured in zip(sizes, point, strict=True):
+                at = at & (np.asarray(size) == measured)
+            cost = np.where(at, ms, cost)
         return float(cost) if np.ndim(cost) == 0 else cost
 
     def with_point(self, sizes: Sequence[int], ms: float) -> SteppedCost:
-        """The same cost with one more measurement; one between two steps is left out."""
+        """The same cost with one more measurement.
+
+        At full steps the cost between the steps follows it; elsewhere it holds for itself alone.
+        """
         aligned = all(
             size % step.size == 0 or size == high
             for size, step, high in zip(sizes, self.steps, self.dense, strict=True)
         )
         inside = all(low <= n for n, low in zip(sizes, self.least, strict=True))
-        if not (aligned and inside) or not math.isfinite(ms):
+        if not math.isfinite(ms):
             return self
+        if not (aligned and inside):
+            known = {**self.known, tuple(int(n) for n in sizes): ms}
+            return SteppedCost(self.cost, self.steps, self.least, self.dense, known)
         refined = self.cost.with_point(sizes, ms)  # type: ignore[attr-defined]
-        return SteppedCost(refined, self.steps, self.least, self.dense)
+        return SteppedCost(refined, self.steps, self.least, self.dense, self.known)

@@ -47,15 +47,18 @@ class Torch:
     def __post_init__(self) -> None:
         try:
             device = torch.device(self.device)
-        except RuntimeError as e:
+        except (RuntimeError, TypeError) as e:
             raise InputError(f'device is {self.device!r}: pass "cpu" or "cuda"') from e
         object.__setattr__(self, "device", str(device))
         if self.threads is None:
             # Fixed now: the fingerprint must not change with torch's setting later.
             object.__setattr__(self, "threads", torch.get_num_threads())
         require_count("threads", self.threads)
-        if self.dtype is not None and not self.dtype.is_floating_point:
-            raise InputError(f"dtype is {self.dtype}: pass a floating point type, or None")
+        known: Any = self.dtype
+        if known is not None and not (isinstance(known, torch.dtype) and known.is_floating_point):
+            raise InputError(
+                f"dtype is {known!r}: pass a floating point type, as torch.bfloat16, or None"
+            )
         if self.cuda_graphs and device.type != "cuda":
             raise InputError(f"cuda_graphs is for a CUDA device, and device is {self.device!r}")
         require_count("samples", self.samples)

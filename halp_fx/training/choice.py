@@ -79,6 +79,11 @@ class Chooser:
             return plan
         return self._verified(plan, milestone, alive, saliency)
 
+    def keep(self, milestone: int, plan: Plan) -> Plan:
+        """The plan for a milestone at which all is gone that can go: the one before."""
+        report = {**plan.report, "milestone": milestone}
+        return replace(plan, budget_ms=self._target_ms(milestone), report=report)
+
     def _target_ms(self, milestone: int) -> float:
         dense = self.costs.dense_ms
         return limit_at(

@@ -50,12 +50,18 @@ def distillation_loss(
         >>> float(distillation_loss(logits, logits))
         0.0
     """
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if not isinstance(logits, torch.Tensor):
+            raise InputError(
+                f"{name} are a {type(logits).__name__}: pass a tensor (N, classes, ...), of a "
+                "network with several outputs one of them"
+            )
     if student_logits.shape != teacher_logits.shape or student_logits.ndim < 2:
         raise InputError(
             f"student_logits are {tuple(student_logits.shape)} and teacher_logits "
             f"{tuple(teacher_logits.shape)}: both must be (N, classes, ...)"
         )
-    _check_settings(temperature, alpha)
+    _check_settings(temperature, alpha, label_smoothing)
     student = F.log_softmax(student_logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=1)
     each = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
@@ -96,7 +102,9 @@ class Distillation:
         label_smoothing: float = 0.0,
         features: Iterable[str] | Mapping[str, float] = (),
     ) -> None:
-        _check_settings(temperature, alpha)
+        if not isinstance(teacher, nn.Module):
+            raise InputError(f"teacher is a {type(teacher).__name__}: pass the dense network")
+        _check_settings(temperature, alpha, label_smoothing)
         names = [features] if isinstance(features, str) else features
         self.features = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
         layers = dict(teacher.named_modules())
@@ -150,11 +158,13 @@ class Distillation:
         return F.mse_loss(own, seen.to(own.dtype)) / size
 
 
-def _check_settings(temperature: float, alpha: float) -> None:
-    if not temperature > 0:
+def _check_settings(temperature: float, alpha: float, label_smoothing: float) -> None:
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
         raise InputError(f"temperature is {temperature!r}: pass a number above 0")
-    if not 0 <= alpha <= 1:
+    if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
         raise InputError(f"alpha is {alpha!r}: pass the teacher's share, from 0 to 1")
+    if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing <= 1:
+        raise InputError(f"label_smoothing is {label_smoothing!r}: pass a number from 0 to 1")
 
 
 def _network_in(student: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from halp_fx.errors import InputError
+from halp_fx.training.arguments import check_model
 from halp_fx.training.distillation import Distillation
 from halp_fx.training.pruner import GradualPruner
 
@@ -48,7 +49,7 @@ def fine_tune(
         The mean loss of each epoch.
 
     Raises:
-        InputError: no data, or a loss that is not finite.
+        InputError: no data, a loss that is not finite, or an optimiser of another network.
 
     Example:
         >>> net = nn.Linear(3, 2)
@@ -59,15 +60,19 @@ def fine_tune(
     """
     pruner = model if isinstance(model, GradualPruner) else None
     network = pruner.network if pruner is not None else model
+    check_model(network)
     assert isinstance(network, nn.Module)
     if optimizer is None and scheduler is not None:
         raise InputError("scheduler was given without optimizer: pass the one that it changes")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
         raise InputError(f"epochs is {epochs!r}: pass a whole number")
+    if clip_norm is not None and not clip_norm > 0:
+        raise InputError(f"clip_norm is {clip_norm!r}: pass a number above 0, or None")
     if optimizer is None:
         optimizer = torch.optim.SGD(
             network.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4
         )
+    _check_trains(optimizer, network)
     modes = {path: module.training for path, module in network.named_modules()}
     means: list[float] = []
     try:
@@ -108,6 +113,16 @@ def fine_tune(
         for path, module in network.named_modules():
             module.training = modes.get(path, network.training)
     return means
+
+
+def _check_trains(optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
+    own = {id(p) for p in network.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise InputError(
+            f"{type(optimizer).__name__} has no parameter of the network that is trained, maybe "
+            "those of the dense one: build it from the parameters of what is passed here "
+            "(pruned.parameters(), or pruner.model.parameters())"
+        )
 
 
 def _value_of(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -18,12 +16,23 @@ from halp_fx.passes.rules.scope import Selection
 from halp_fx.passes.rules.widths import Widths
 from halp_fx.passes.rules.wrappers import unwrapped
 from halp_fx.passes.select import check_solver
+from halp_fx.training.arguments import (
+    Optimizers,
+    check_count,
+    check_forward,
+    check_model,
+    check_scale,
+    check_smoothing,
+    listed,
+    optimizers_in,
+)
 from halp_fx.training.choice import Chooser, plan_from_text, plan_to_text
 from halp_fx.training.dense import Dense
 from halp_fx.training.masking import Mask, complement
 from halp_fx.training.processes import agreed, check_same
 from halp_fx.training.schedule import Schedule, check_schedule
 from halp_fx.training.scores import TaylorScores
+from halp_fx.training.state import check_state, same_random_state, same_widths
 from halp_fx.training.surgery import (
     adopt,
     carry_optimizer,
@@ -31,13 +40,12 @@ from halp_fx.training.surgery import (
     copy_inside,
     load_values,
 )
-from halp_fx.training.wrapping import Wrap, wrapping_of
+from halp_fx.training.wrapping import Wrap, retire, wrapping_of
 from halp_fx.types import Plan
 
 __all__ = ["GradualPruner"]
 
 _MIN_SHARE = 0.1
-Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 class GradualPruner:
@@ -108,11 +116,10 @@ class GradualPruner:
         verify: bool = True,
         wrap: Wrap | None = None,
     ) -> None:
-        for name, count in (("steps", steps), ("every", every)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise InputError(f"{name} is {count!r}: pass a whole number of at least 1")
-        if smoothing is not None and not 0 <= smoothing < 1:
-            raise InputError(f"smoothing is {smoothing!r}: pass None or a number from 0 to below 1")
+        check_model(model)
+        check_count("steps", steps)
+        check_count("every", every)
+        check_smoothing(smoothing)
         check_schedule(schedule, steps)
         limit = parse_budget(budget)
         check_solver(solver, limit.further)
@@ -130,7 +137,7 @@ class GradualPruner:
             "budget": str(limit), "steps": steps, "every": every, "soft": soft, "solver": solver,
             "smoothing": smoothing, "schedule": schedule if isinstance(schedule, str) else "own",
         }  # fmt: skip
-        with _same_random_state():
+        with same_random_state():
             self._dense = Dense.of(
                 model, example_inputs, include=include, exclude=exclude, exact=exact
             )
@@ -154,7 +161,7 @@ class GradualPruner:
             self._scores = TaylorScores(groups, smoothing)
             self._scores.follow(self.network, self._built.units, self._built.kept)
             self._mask = Mask(groups)
-            self.model: nn.Module = self._wrap(self.network)
+            self.model: nn.Module = self._wrapped()
 
     @property
     def plan(self) -> Plan:
@@ -187,9 +194,7 @@ class GradualPruner:
                 "after_backward() was called twice without pruner.step() in between: call both "
                 "once an optimiser step; with gradient accumulation, after the last micro-batch"
             )
-        if isinstance(scale, bool) or not (scale > 0 and math.isfinite(scale)):
-            raise InputError(f"scale is {scale!r}: pass what the loss was multiplied by")
-        self._scores.add(float(scale))
+        self._scores.add(check_scale(scale))
         self._scored = True
 
     def step(self, optimizer: Optimizers, *, ema: Any = None) -> bool:
@@ -201,6 +206,7 @@ class GradualPruner:
 
         Args:
             optimizer: the optimiser, or all of them: states of the parameters that stay are cut.
+                An empty list if there is none.
             ema: averaged copies to cut as well: a `torch.optim.swa_utils.AveragedModel` of
                 `pruner.network`, any module that has a copy in `.module`, a copy, or several.
 
@@ -212,6 +218,7 @@ class GradualPruner:
                 cut; there are no scores yet; the copy is not one of the network.
             InfeasibleError, SaliencyError: see `halp_fx.compile`. Nothing was changed then.
         """
+        optimizers_in(optimizer)
         self._count += 1
         self._scored = False
         self._mask.absorb()
@@ -222,14 +229,15 @@ class GradualPruner:
     def finish(self, optimizer: Optimizers, *, ema: Any = None) -> bool:
         """Go to the final budget now, whatever milestones are left.
 
-        Args and errors are those of `step`.
+        Args and errors are those of `step`. Right after a milestone, before any `after_backward`,
+        the scores of that milestone decide.
 
         Returns:
             Whether the network was cut just now.
         """
         self._scored = False
         self._mask.absorb()
-        return False if self.done else self._advance(self.steps, optimizer, ema)
+        return False if self.done else self._advance(self.steps, optimizer, ema, recall=True)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to go on, the network's weights included.
@@ -252,16 +260,24 @@ class GradualPruner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; build the optimiser after this.
 
+        A network that has the widths of the state keeps its parameters.
+
         Raises:
             InputError: it is of another network, or of a pruner with other arguments.
         """
-        self._check_state(state)
+        check_state(state, self._settings, self._group_names())
+        check_forward(self.network)
         built = plan_from_text(state["built"], self._dense.groups)
-        with _same_random_state():
-            fresh = self._dense.build(built)
         present = self.network
-        load_values(fresh, present, state["network"])
-        adopt(present, fresh)
+        if same_widths(self._built, built, present, state["network"]):
+            present.load_state_dict(state["network"])
+            present.meta["halp_fx"] = self._dense.without_network(built)
+        else:
+            with same_random_state():
+                fresh = self._dense.build(built)
+            load_values(fresh, present, state["network"])
+            adopt(present, fresh)
+            self.model = self._wrapped()
         self._built = built
         self._chosen = plan_from_text(state["chosen"], self._dense.groups)
         self._count, self.milestone = int(state["count"]), int(state["milestone"])
@@ -273,21 +289,28 @@ class GradualPruner:
         if any(len(own) for own in hidden):
             self._mask.put(present, hidden)
             self._mask.load_state(state["masked"])
-        self.model = self._wrap(present)
 
-    def _advance(self, milestone: int, optimizer: Optimizers, ema: Any) -> bool:
-        optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else [*optimizer]
-        copies = [copy_inside(each, self.network) for each in _listed(ema)]
+    def _advance(
+        self, milestone: int, optimizer: Optimizers, ema: Any, recall: bool = False
+    ) -> bool:
+        check_forward(self.network)
+        optimizers = optimizers_in(optimizer)
+        copies = [copy_inside(each, self.network) for each in listed(ema)]
         for each in optimizers:
             check_optimizer(each, self.network)
         device = next(self.network.parameters()).device
         check_same(self._group_names() + plan_to_text(self._built), "networks", device)
-        with _same_random_state():
+        with same_random_state():
             alive = self._built.units
-            saliency = self._scores.saliency(alive, self._mask.units)
+            left = any(len(own) for own in alive)
+            saliency = (
+                self._scores.saliency(alive, self._mask.units, recall=recall) if left else None
+            )
 
             def decide() -> str:
                 assert self._chooser is not None
+                if saliency is None:
+                    return plan_to_text(self._chooser.keep(milestone, self._built))
                 return plan_to_text(self._chooser.choose(milestone, alive, saliency))
 
             chosen = plan_from_text(agreed(decide, device), self._dense.groups)
@@ -326,38 +349,15 @@ class GradualPruner:
             commit(network)
         self._built = chosen
         self._scores.follow(network, chosen.units, chosen.kept)
-        self.model = self._wrap(network)
+        self.model = self._wrapped()
         return True
+
+    def _wrapped(self) -> nn.Module:
+        if hasattr(self, "model"):
+            retire(self.model)
+        wrapped = self._wrap(self.network)
+        check_forward(self.network)
+        return wrapped
 
     def _group_names(self) -> str:
         return ", ".join(f"{g.name}: {g.units}" for g in self._dense.groups.groups)
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if not isinstance(state, Mapping) or state.get("version") != 1:
-            raise InputError("state is not what GradualPruner.state_dict() gave")
-        if state["groups"] != self._group_names():
-            raise InputError(
-                "the state is of another network, or one with other include and exclude: its "
-                f"groups are {state['groups'][:200]!r}, here {self._group_names()[:200]!r}"
-            )
-        for name, value in self._settings.items():
-            if state["settings"].get(name) != value:
-                raise InputError(
-                    f"the state was saved with {name}={state['settings'].get(name)!r}, this pruner "
-                    f"has {name}={value!r}: build it with the same arguments to go on"
-                )
-
-
-def _listed(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-@contextmanager
-def _same_random_state() -> Iterator[None]:
-    """Give torch's generators back as they were: a milestone does not change what follows it."""
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    devices = range(torch.cuda.device_count()) if cuda else []
-    with torch.inference_mode(False), torch.random.fork_rng(devices=devices):
-        yield

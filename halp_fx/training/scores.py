@@ -50,8 +50,8 @@ class TaylorScores:
         self._sources = [_scored_members(groups, g) for g in groups.groups]
         self._parts: list[list[_Part]] = []
         self._alive: list[torch.Tensor] = []
-        self.totals: list[torch.Tensor] = []  # (units of the dense group,) float64 each
-        self.weights: list[torch.Tensor] = []  # () float64 each
+        self.totals: list[torch.Tensor] = []  # (units of the dense group,) each
+        self.weights: list[torch.Tensor] = []  # () each
         self.batches = 0
         # Scores at the last choice, relative to the mean of all units: (units,) a group.
         self.relative: list[FloatArray] = [np.zeros(n) for n in groups.dense_units]
@@ -66,10 +66,11 @@ class TaylorScores:
         ]
         if not self.totals:
             self.totals = [
-                torch.zeros(n, dtype=torch.float64, device=device) for n in self.groups.dense_units
+                torch.zeros(n, dtype=_finest(device), device=device)
+                for n in self.groups.dense_units
             ]
             self.weights = [
-                torch.zeros((), dtype=torch.float64, device=device) for _ in self.totals
+                torch.zeros((), dtype=_finest(device), device=device) for _ in self.totals
             ]
         self._move(device)
         for total, alive in zip(self.totals, self._alive, strict=True):
@@ -87,7 +88,9 @@ class TaylorScores:
         self._check_gradients()
         keep = 1.0 if self.smoothing is None else self.smoothing
         gain = 1.0 if self.smoothing is None else 1.0 - self.smoothing
-        self._move(next(part.parameter.device for parts in self._parts for part in parts))
+        present = next((part.parameter for parts in self._parts for part in parts), None)
+        if present is not None:  # None: all channels that can go are gone
+            self._move(present.device)
         each = zip(self._parts, self._alive, self.totals, self.weights, strict=True)
         for parts, alive, total, weight in each:
             if not parts:
@@ -102,13 +105,18 @@ class TaylorScores:
         self.batches += 1
 
     def saliency(
-        self, units: Sequence[IntArray], masked: Sequence[IntArray] | None = None
+        self,
+        units: Sequence[IntArray],
+        masked: Sequence[IntArray] | None = None,
+        *,
+        recall: bool = False,
     ) -> Saliency:
         """The scores of these units, one array a group, averaged over all processes.
 
         Args:
             masked: units of each group whose gradients say nothing, since they have no effect now.
                 They keep the score that they had last, relative to the mean of all others.
+            recall: without a minibatch since the last choice, take the scores of that choice.
 
         Raises:
             InputError: no minibatch was taken in since the last choice.
@@ -118,6 +126,9 @@ class TaylorScores:
         batches = torch.full_like(weights[0], self.batches)
         sum_up([*totals, *weights, batches])
         if not float(batches):
+            if recall and any(r.any() for r in self.relative):
+                last = [r[own] for r, own in zip(self.relative, units, strict=True)]
+                return self._scored(last, units)
             raise InputError(
                 "no gradients were scored since the last milestone: call pruner.after_backward() "
                 "after loss.backward()"
@@ -130,9 +141,16 @@ class TaylorScores:
                     f"the Taylor saliency of group {group.name!r} is not finite in any of "
                     f"{self.batches} minibatches: check the loss for NaN or infinity"
                 )
-            scores.append(total.cpu().numpy()[own] / max(float(weight), 1e-300))
+            scores.append(total.cpu().double().numpy()[own] / max(float(weight), 1e-300))
+        if not any(own.any() for own in scores):
+            raise SaliencyError(
+                "all gradients were zero since the last milestone: call pruner.after_backward() "
+                "before optimizer.zero_grad(), with a loss that depends on the network's output"
+            )
         self._recall(scores, units, masked)
+        return self._scored(scores, units)
 
+    def _scored(self, scores: list[FloatArray], units: Sequence[IntArray]) -> Saliency:
         def taylor(_: ChannelGroups) -> list[FloatArray]:
             return scores
 
@@ -184,8 +202,8 @@ class TaylorScores:
         """Follow a network that was moved to another device."""
         if all(t.device == device for t in (*self.totals, *self._alive)):
             return
-        self.totals = [t.to(device) for t in self.totals]
-        self.weights = [w.to(device) for w in self.weights]
+        self.totals = [t.to(device, _finest(device)) for t in self.totals]
+        self.weights = [w.to(device, _finest(device)) for w in self.weights]
         self._alive = [own.to(device) for own in self._alive]
         self._parts = [
             [replace(part, index=part.index.to(device)) for part in parts] for parts in self._parts
@@ -253,16 +271,21 @@ def _part(network: fx.GraphModule, member: Member, units: IntArray, kept: _Kept)
     return _Part(parameter, member.dim, torch.from_numpy(index).to(parameter.device))
 
 
+def _finest(device: torch.device) -> torch.dtype:
+    """What scores are summed up in: float64, which Apple's GPUs have not."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _products(part: _Part) -> torch.Tensor:
-    """Sum of `W * dW` over all that each unit owns, float64 (units alive,)."""
-    gradient = part.parameter.grad
+    """Sum of `W * dW` over all that each unit owns, (units alive,) in the finest dtype."""
+    gradient, finest = part.parameter.grad, _finest(part.index.device)
     if gradient is None:
-        return torch.zeros(len(part.index), dtype=torch.float64, device=part.index.device)
+        return torch.zeros(len(part.index), dtype=finest, device=part.index.device)
     if gradient.is_sparse:
         gradient = gradient.to_dense()
     weight = part.parameter.detach()
     if weight.dtype in (torch.float16, torch.bfloat16):
         weight = weight.float()
     product = (weight * gradient.detach().to(weight.dtype)).movedim(part.dim, 0)
-    rows = product.reshape(product.shape[0], -1).sum(1, dtype=torch.float64)
+    rows = product.reshape(product.shape[0], -1).sum(1, dtype=finest)
     return rows[part.index].sum(1)

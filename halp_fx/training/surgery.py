@@ -112,7 +112,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module) -> Non
     """Whether an optimiser trains this network and has a state that can be cut.
 
     Raises:
-        InputError: it has none of its parameters, or a state that is not one of each weight.
+        InputError: it has none of its parameters, or a state that is not one of each weight, or
+            it hands the parameters to another optimiser by lists of their own.
     """
     names = {id(p): name for name, p in network.named_parameters()}
     used = [p for group in optimizer.param_groups for p in group["params"] if id(p) in names]
@@ -122,9 +123,23 @@ def check_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module) -> Non
             f"{kind} has no parameter of the network: build it from pruner.model.parameters(), "
             "not from the parameters of the model that was passed, and after load_state_dict()"
         )
+    _check_inner(optimizer)
     for p in used:
         for key, state in optimizer.state.get(p, {}).items():
             _check_state(state, p, f"{kind}: the state {key!r} of {names[id(p)]!r}")
+
+
+def _check_inner(optimizer: torch.optim.Optimizer) -> None:
+    """Whether the optimiser inside of a wrapper, if there is one, sees the parameters change."""
+    for inner in (vars(optimizer).get("optim"), vars(optimizer).get("optimizer")):
+        if not isinstance(inner, torch.optim.Optimizer):
+            continue
+        if [id(group) for group in inner.param_groups] != [id(g) for g in optimizer.param_groups]:
+            raise InputError(
+                f"{type(optimizer).__name__} keeps parameters in a {type(inner).__name__} inside, "
+                "which would go on with those from before a cut (ZeroRedundancyOptimizer shards "
+                "them so): use that optimiser itself"
+            )
 
 
 def _check_state(state: Any, parameter: torch.Tensor, where: str) -> None:

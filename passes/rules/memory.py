@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from torch import fx
 
 from halp_fx.passes.rules.counts import Count, count_of, reading, total
+from halp_fx.passes.rules.kernels import axes_of
 from halp_fx.types import ChannelGroups, TensorSpec
 
-__all__ = ["memory_moments", "peak"]
+__all__ = ["Moment", "memory_moments", "peak"]
 
 
-def memory_moments(groups: ChannelGroups) -> list[Count]:
+Moment: TypeAlias = tuple[Count, ...]  # bytes, a count for all tensors with the same dims
+
+
+def memory_moments(groups: ChannelGroups) -> list[Moment]:
     """Bytes of the activations that are alive at each moment at which that may be the most.
 
     A tensor lives from the node that makes it to the last that reads it, or a view of it; the
@@ -28,15 +32,21 @@ def memory_moments(groups: ChannelGroups) -> list[Count]:
         if not (k + 1 < len(alive) and now <= alive[k + 1]) and not (k > 0 and now < alive[k - 1])
     ]
     specs = {name: list(_specs(groups.outputs.get(name))) for now in most for name in now}
-    return [
-        count_of(reading(s for name in sorted(now) for s in specs[name]), lambda _, moved: moved)
-        for now in most
-    ]
+    return [_bytes(spec for name in sorted(now) for spec in specs[name]) for now in most]
 
 
-def peak(moments: list[Count], kept: Mapping[int, int] | Any) -> tuple[int, int]:
+def _bytes(specs: Iterable[TensorSpec]) -> Moment:
+    """What tensors take together; apart where their dims are, or a solver would have to list
+    every combination of the widths that are alive at a time."""
+    alike: dict[Any, list[TensorSpec]] = {}
+    for spec in specs:
+        alike.setdefault(frozenset(a.parts for a in axes_of(reading([spec]))[0]), []).append(spec)
+    return tuple(count_of(reading(same), lambda _, moved: moved) for same in alike.values())
+
+
+def peak(moments: Sequence[Moment], kept: Mapping[int, int] | Any) -> tuple[int, int]:
     """The most bytes that are alive at a time, and at which moment (an index into `moments`)."""
-    sizes = [total([moment], kept) for moment in moments]
+    sizes = [total(moment, kept) for moment in moments]
     most = max(sizes, default=0)
     return most, sizes.index(most) if sizes else -1
 

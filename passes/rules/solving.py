@@ -17,8 +17,7 @@ from halp_fx.knapsack import (
     solve_several,
     solve_uniform,
 )
-from halp_fx.passes.rules.counts import Count
-from halp_fx.passes.rules.memory import peak
+from halp_fx.passes.rules.memory import Moment, peak
 from halp_fx.types import ChannelGroups, Extent, FloatArray, IntArray, LatencyModel
 
 __all__ = ["Knapsack", "Limit", "Priced", "solve_within", "terms_of"]
@@ -64,7 +63,7 @@ def solve_within(
     budget_ms: float,
     solver: str,
     further: list[Limit],
-    moments: list[Count],
+    moments: Sequence[Moment],
     memory: float | None,
 ) -> tuple[tuple[int, ...], float, float]:
     """Levels, their value and a proven bound, for all limits.
@@ -84,7 +83,7 @@ def solve_within(
         most, at = peak(moments, kept)
         if most <= memory:
             break
-        further = [*further, Limit("bytes of memory", [moments[at]], memory, dense_peak)]
+        further = [*further, Limit("bytes of memory", moments[at], memory, dense_peak)]
     return found
 
 

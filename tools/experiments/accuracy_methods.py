@@ -1,0 +1,217 @@
+"""The methods that are compared: each a function of task, budget and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from halp_fx.budget import Budget
+from halp_fx.errors import InputError
+from halp_fx.pipeline import Prepared, prepare
+from halp_fx.tools.experiments import accuracy_scores as scores
+from halp_fx.tools.experiments.accuracy_data import Batches
+from halp_fx.tools.experiments.accuracy_task import Candidate, Task, Variant, searched
+from halp_fx.tools.experiments.peers import torch_pruning
+from halp_fx.training import GradualPruner, fine_tune
+
+__all__ = ["DENSE", "METHODS", "SETS", "Method", "Prune", "chosen_methods"]
+
+_MILESTONES = 10
+_GRADUAL_SHARE = 0.5  # of the images of fine-tuning
+
+
+class Prune(Protocol):
+    """Gives a network with about `budget` of the dense latency, as measured."""
+
+    def __call__(self, task: Task, budget: float, seed: int) -> Candidate: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a network is pruned, and how it recovers."""
+
+    name: str
+    title: str  # for tables and charts
+    prune: Prune
+    seeded: bool = True  # whether the seed makes a difference to what is pruned
+    recovery: str | None = None  # None: as the settings say
+
+
+Data = Callable[[Task, int], Mapping[str, Any]]  # task, seed -> arguments of halp_fx.compile
+
+
+def _taylor(task: Task, seed: int) -> Mapping[str, Any]:
+    return {"data": task.scoring(seed), "loss": task.loss}
+
+
+def _augmented(task: Task, seed: int) -> Mapping[str, Any]:
+    return {"data": task.scoring(seed, shift=task.settings.shift), "loss": task.loss}
+
+
+def _small_batches(task: Task, seed: int) -> Mapping[str, Any]:
+    return {"data": task.scoring(seed, batch=8), "loss": task.loss}
+
+
+def _magnitude(task: Task, seed: int) -> Mapping[str, Any]:
+    del task, seed
+    return {"saliency": "magnitude"}
+
+
+def _l1(task: Task, seed: int) -> Mapping[str, Any]:
+    del task, seed
+    return {"saliency": scores.filter_l1}
+
+
+def _rescaled(kind: Callable[[Any, Any], scores.Scores], batch: int | None = None) -> Data:
+    def arguments(task: Task, seed: int) -> Mapping[str, Any]:
+        return {"saliency": kind(task.scoring(seed, batch=batch), task.loss)}
+
+    return arguments
+
+
+def _ours(
+    task: Task,
+    budget: float,
+    seed: int,
+    *,
+    data: Data = _taylor,
+    seeded: bool = True,
+    widths: tuple[int | None, ...] = (None,),
+    **options: Any,
+) -> Candidate:
+    """`halp_fx.compile`, asked for what gives the budget when measured.
+
+    With several `widths` (values of `round_to`), the best of them on images kept for choosing.
+    """
+
+    def ready(round_to: int | None) -> Prepared:
+        return prepare(
+            task.dense, task.example, latency=task.source, verify=False, round_to=round_to,
+            **data(task, seed), **options,
+        )  # fmt: skip
+
+    def variant(round_to: int | None) -> Variant:
+        which = tuple(sorted((k, str(v)) for k, v in options.items()))
+        key = ("prepared", data, which, round_to, seed if seeded else None)
+        prepared = task.once(key, lambda: ready(round_to))
+        name = "" if len(widths) == 1 else f"round_to {round_to}"
+        return Variant(name, lambda share: prepared.prune(Budget(share=share)), budget)
+
+    return searched(task, budget, [variant(round_to) for round_to in widths], seed)
+
+
+def _gradual(task: Task, budget: float, seed: int) -> Candidate:
+    """Pruned in steps while it trains, on a part of the images that others fine-tune on."""
+    at_once = _ours(task, budget, seed)
+    settings = task.settings
+    minibatches = max(int(_GRADUAL_SHARE * settings.tune_images) // settings.batch, 1)
+    steps = min(_MILESTONES, minibatches)
+    images = minibatches // steps * steps * settings.batch
+    pruner = GradualPruner(
+        deepcopy(task.dense).to(task.device), Budget(share=at_once.knob),
+        task.example.to(task.device), steps=steps, every=minibatches // steps,
+        latency=task.source, verify=False,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(
+        pruner.model.parameters(), lr=settings.rate / 2, momentum=0.9, nesterov=True,
+        weight_decay=1e-4,
+    )  # fmt: skip
+    data = Batches(task.train, settings.batch, seed, images, settings.shift)
+    fine_tune(pruner, data, task.loss, optimizer=optimizer)
+    network: nn.Module = pruner.network
+    return Candidate(network.cpu().eval(), at_once.knob, used_images=images)
+
+
+def _dense(task: Task, budget: float, seed: int) -> Candidate:
+    del budget, seed
+    return Candidate(deepcopy(task.dense), 1.0, recalibrate=False)
+
+
+def _method(name: str, title: str, **options: Any) -> Method:
+    return Method(
+        name, title, partial(_ours, **options), options.get("seeded", True),
+    )  # fmt: skip
+
+
+def _peer(name: str, title: str, importance: str, everywhere: bool) -> Method:
+    prune = partial(torch_pruning, importance=importance, everywhere=everywhere)
+    return Method(name, title, prune, importance == "taylor")
+
+
+DENSE = Method("dense", "dense", _dense, seeded=False)
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        _method("joint", "joint"),
+        _method("halp", "HALP", solver="halp"),
+        _method(
+            "uniform",
+            "uniform, L1",
+            data=_l1,
+            seeded=False,
+            solver="uniform",
+            widths=(None, 1, 4, 8),
+        ),
+        _peer("tp-magnitude-local", "Torch-Pruning, magnitude, local", "magnitude", False),
+        _peer("tp-magnitude-global", "Torch-Pruning, magnitude, global", "magnitude", True),
+        _peer("tp-taylor-local", "Torch-Pruning, Taylor, local", "taylor", False),
+        _peer("tp-taylor-global", "Torch-Pruning, Taylor, global", "taylor", True),
+        # The value of each part.
+        _method("greedy", "greedy on true costs", solver="greedy"),
+        _method("uniform-taylor", "uniform, Taylor", solver="uniform", widths=(None, 1, 4, 8)),
+        _method("joint-magnitude", "joint, without data", data=_magnitude, seeded=False),
+        _method("joint-keep-blocks", "joint, no block dropped", drop_blocks=False),
+        _method("joint-candidates", "joint, 8 candidates", candidates=8),
+        Method("joint-gradual", "joint, while training", _gradual),
+        Method("joint-distilled", "joint, distilled", _ours, recovery="distilled"),
+        Method("joint-plain", "joint, not distilled", _ours, recovery="plain"),
+        # How saliencies of different groups compare, and how much of a group may go.
+        _method("joint-normalised", "joint, group means 1", data=_rescaled(scores.normalised)),
+        _method("joint-squared", "joint, squared Taylor", data=_rescaled(scores.squared)),
+        _method(
+            "joint-squared-8",
+            "joint, squared Taylor by eights",
+            data=_rescaled(scores.squared, 8),
+        ),
+        _method("joint-measured", "joint, loss of each group", data=_rescaled(scores.measured)),
+        _method("joint-small-batches", "joint, scored by eights", data=_small_batches),
+        _method("joint-augmented", "joint, scored on crops", data=_augmented),
+        _method("joint-min0", "joint, min_share 0", min_share=0.0),
+        _method("joint-min25", "joint, min_share 0.25", min_share=0.25),
+        _method("joint-min40", "joint, min_share 0.4", min_share=0.4),
+    )
+}
+
+_NAMES = list(METHODS)
+SETS: dict[str, tuple[str, ...]] = {
+    "main": tuple(_NAMES[:7]),
+    "parts": ("joint", "halp", *_NAMES[7:15]),
+    "scores": ("joint", *_NAMES[15:]),
+}
+
+
+def chosen_methods(text: str) -> list[Method]:
+    """Methods by comma-separated names; "main", "parts" and "scores" stand for several.
+
+    Raises:
+        InputError: there are none, or one is unknown.
+
+    Example:
+        >>> [method.name for method in chosen_methods("joint,halp,joint")]
+        ['joint', 'halp']
+    """
+    names: list[str] = []
+    for name in (part.strip() for part in text.split(",") if part.strip()):
+        names += SETS.get(name, (name,))
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        what = f"there is no method {unknown[0]!r}" if unknown else "--methods is empty"
+        raise InputError(f"{what}: use {', '.join([*SETS, *METHODS])}")
+    return [METHODS[name] for name in dict.fromkeys(names)]

@@ -1,0 +1,170 @@
+"""Prune by each method to each budget, recalibrate, fine-tune, test: one record each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from halp_fx.errors import DependencyError, HalpError
+from halp_fx.tools.experiments.accuracy_data import Batches, correct
+from halp_fx.tools.experiments.accuracy_methods import DENSE, Method
+from halp_fx.tools.experiments.accuracy_records import Journal, Record, packed
+from halp_fx.tools.experiments.accuracy_task import Task
+from halp_fx.training import Distillation, fine_tune
+
+__all__ = ["Plan", "run", "tune"]
+
+Tell = Callable[[int, int, Record, bool], None]  # done, total, record, whether it was there already
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which records an experiment consists of."""
+
+    networks: tuple[str, ...]
+    methods: tuple[Method, ...]
+    budgets: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+    def __len__(self) -> int:
+        each = 1 + len(self.methods) * len(self.budgets) * len(self.seeds)
+        return len(self.networks) * each
+
+    def of(self, network: str) -> Iterator[tuple[str, Method, float, int]]:
+        """Records of one network; the dense one first, then complete rounds of all methods."""
+        yield network, DENSE, 1.0, self.seeds[0]
+        for budget in self.budgets:
+            for seed in self.seeds:
+                for method in self.methods:
+                    yield network, method, budget, seed
+
+
+def run(
+    plan: Plan,
+    journal: Journal,
+    make_task: Callable[[str], Task],
+    *,
+    again: bool = False,
+    tell: Tell | None = None,
+) -> list[Record]:
+    """Make the records that are not there yet.
+
+    A method that fails at a budget gives a record with a remark, and the others go on.
+
+    Args:
+        plan: what to make.
+        journal: where records are kept.
+        make_task: network -> its task; called for networks with records left to make.
+        again: repeat those that failed before.
+        tell: called after each record.
+
+    Returns:
+        The records of the plan, in its order.
+
+    Raises:
+        DependencyError: a package is missing.
+    """
+    found: list[Record] = []
+    for network in plan.networks:
+        task: Task | None = None
+        for name, method, budget, seed in plan.of(network):
+            record = journal.find(name, method.name, budget, seed)
+            there = record is not None and not (again and record.remark)
+            if record is None or not there:
+                task = make_task(network) if task is None else task
+                record = _record(task, method, budget, seed, journal.settings)
+                journal.add(record)
+            found.append(record)
+            if tell is not None:
+                tell(len(found), len(plan), record, there)
+    return found
+
+
+def _record(task: Task, method: Method, budget: float, seed: int, settings: str) -> Record:
+    base = Record(task.name, method.name, budget, seed, settings, method.title)
+    start = time.monotonic()
+    try:
+        with torch.random.fork_rng(devices=_devices(task)):
+            torch.manual_seed(seed)
+            done = _made(task, method, budget, seed, base)
+    except DependencyError:
+        raise
+    except (HalpError, RuntimeError, ValueError, IndexError) as error:
+        remark = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        done = replace(base, remark=remark)
+    return replace(done, seconds=round(time.monotonic() - start, 1))
+
+
+def _made(task: Task, method: Method, budget: float, seed: int, base: Record) -> Record:
+    key = ("candidate", method.name, budget, seed if method.seeded else None)
+    candidate = task.once(key, lambda: method.prune(task, budget, seed))
+    dense_ms, pruned_ms = task.measured(candidate.network)
+    network = deepcopy(candidate.network).to(task.device)
+    images = task.test if task.settings.test_images is None else task.test.sample(
+        task.settings.test_images, 0)  # fmt: skip
+    before: np.ndarray[Any, Any] | None = None
+    if candidate.recalibrate:
+        task.recalibrate(network, seed)
+    if not candidate.used_images:
+        before = correct(network, images)
+    tune(task, network, seed, used=candidate.used_images, recovery=method.recovery)
+    after = correct(network, images)
+    counts = [sum(p.numel() for p in net.parameters()) for net in (network, task.dense)]
+    return replace(
+        base,
+        share=pruned_ms / dense_ms,
+        dense_ms=dense_ms,
+        pruned_ms=pruned_ms,
+        knob=candidate.knob,
+        variant=candidate.variant,
+        params_share=counts[0] / counts[1],
+        recalibrated=None if before is None else float(before.mean()),
+        tuned=float(after.mean()),
+        tested=len(images),
+        right_recalibrated="" if before is None else packed(before),
+        right_tuned=packed(after),
+    )
+
+
+def tune(
+    task: Task, network: nn.Module, seed: int, *, used: int = 0, recovery: str | None = None
+) -> None:
+    """Fine-tune a network in place, and recalibrate it: the same for all methods.
+
+    SGD with momentum 0.9, the learning rate in one cycle, images shifted and mirrored.
+
+    Args:
+        task: whose training images and settings count.
+        network: on the task's device.
+        seed: of order and augmentation.
+        used: images that were trained on already, of those that are due.
+        recovery: "plain" or "distilled"; None: as the settings say.
+    """
+    settings = task.settings
+    left = settings.tune_images - used
+    if left < 1:
+        return
+    data = Batches(task.train, settings.batch, seed, left, settings.shift)
+    loss: Any = task.loss
+    if (recovery or settings.recovery) == "distilled":
+        teacher = task.once("teacher", lambda: deepcopy(task.dense).to(task.device))
+        loss = Distillation(teacher, alpha=settings.alpha)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=settings.rate, momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.rate, total_steps=len(data) + 1, pct_start=0.2, cycle_momentum=False
+    )
+    fine_tune(network, data, loss, optimizer=optimizer, scheduler=scheduler)
+    task.recalibrate(network, seed)
+
+
+def _devices(task: Task) -> Sequence[int]:
+    return range(torch.cuda.device_count()) if task.device.startswith("cuda") else []

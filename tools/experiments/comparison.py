@@ -1,0 +1,321 @@
+"""Ways to prune one trained network to the same latencies, compared on the task it was trained for.
+
+Each result is a line of a file, written when it is known: a run that is stopped goes on with the
+results that are missing.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+import halp_fx
+from halp_fx.errors import InfeasibleError, InputError
+from halp_fx.latency import Source, measure_paired
+from halp_fx.passes.latency import price
+from halp_fx.tools.experiments.task import Task
+from halp_fx.tools.experiments.training import Recipe, train
+from halp_fx.tools.profiler import groups_of
+
+__all__ = ["METHODS", "Record", "Settings", "check", "compare", "read_records"]
+
+# What each method passes to halp_fx.compile.
+METHODS: dict[str, Mapping[str, Any]] = {
+    "joint": {"solver": "joint"},
+    "uniform": {"solver": "uniform"},  # the same scores, but the same share of each group stays
+    "uniform-l1": {"solver": "uniform", "saliency": "magnitude"},
+    "halp": {"solver": "halp"},
+}
+# A uniform share of wide steps may end far below the budget, one of narrow steps has widths that
+# run slowly: the best of these is taken, so that it is not held to be worse than it is.
+_ROUNDINGS: dict[str, tuple[int | None, ...]] = {"uniform": (None, 4, 1)}
+_DENSE = "dense"
+_ROUNDS = 25  # pairs of samples for the latencies that are reported
+_ATTEMPTS = 5  # how often they are taken while the machine is busy with something else
+_STEADY = 0.05  # relative spread
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What results depend on besides method, speed-up and seed."""
+
+    tune: Recipe  # its seed is replaced by that of the result
+    score_batches: int = 16  # minibatches that channels are scored by
+    recalibration_batches: int = 32
+
+    def facts(self, task: Task, source: Source) -> dict[str, Any]:
+        """As JSON values."""
+        tune = {f"tune_{k}": v for k, v in asdict(self.tune).items() if k != "seed"}
+        return {
+            **tune,
+            "score_batches": self.score_batches,
+            "recalibration_batches": self.recalibration_batches,
+            "backend": source.backend.name,
+            **task.facts(),
+            "test_images": task.test_count(),
+        }
+
+
+@dataclass(frozen=True)
+class Record:
+    """One pruned network, or the dense one."""
+
+    method: str
+    speedup: float  # asked for; 1 for the dense network
+    seed: int
+    settings: Mapping[str, Any]
+    dense_ms: float  # measured in turn with `ms`; by the table where the back-end doesn't measure
+    ms: float
+    spread_ms: float | None  # half the interquartile range of `ms`
+    outside_ms: float | None  # transform, anchors, suppression: what no pruning makes faster
+    params: int
+    value_kept: float  # share of the saliency
+    gap: float | None  # certified; None for the dense network
+    pruned: Mapping[str, float]  # metric -> after batch norm recalibration, without training
+    tuned: Mapping[str, float]  # metric -> after fine-tuning
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes it the same result as another."""
+        return _key(self.method, self.speedup, self.seed, self.settings)
+
+
+def compare(
+    task: Task,
+    dense: nn.Module,
+    folder: Path,
+    *,
+    methods: Sequence[str],
+    speedups: Sequence[float],
+    seeds: Sequence[int],
+    settings: Settings,
+    source: Source,
+    progress: Progress,
+) -> list[Record]:
+    """Prune `dense` by each method to each speed-up, fine-tune, and evaluate before and after.
+
+    The dense network is fine-tuned likewise, so that what more training alone gives is seen.
+
+    Args:
+        dense: the trained network; it is left as it is.
+        folder: for records.jsonl and networks; records that are there already are not made again.
+        methods: names in `METHODS`.
+        speedups: dense latency over the latency aimed at, above 1.
+        seeds: of the images that score channels and of fine-tuning.
+        source: the back-end and the table for latencies.
+
+    Returns:
+        The records of these methods, speed-ups, seeds and settings.
+
+    Raises:
+        InputError: a method is unknown, or a speed-up is no number above 1.
+        HalpError: the network can't be pruned.
+    """
+    check(methods, speedups, seeds)
+    facts = settings.facts(task, source)
+    done = {record.key: record for record in read_records(folder)}
+    wanted = [(_DENSE, 1.0)] + [(method, speedup) for speedup in speedups for method in methods]
+    records = []
+    for seed in seeds:
+        for method, speedup in wanted:
+            key = _key(method, speedup, seed, facts)
+            if key not in done:
+                run = _Run(task, dense, folder, method, speedup, seed, settings, source, progress)
+                done[key] = run.record(facts)
+                _append(folder, done[key])
+            records.append(done[key])
+    return records
+
+
+def check(methods: Sequence[str], speedups: Sequence[float], seeds: Sequence[int]) -> None:
+    """What `compare` refuses, told before anything is trained.
+
+    Raises:
+        InputError: a method is unknown, a speed-up is no number above 1, or something is empty.
+    """
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise InputError(f"there is no method {unknown[0]!r}: choose from {', '.join(METHODS)}")
+    wrong = [speedup for speedup in speedups if not speedup > 1]
+    if wrong:
+        raise InputError(f"a speed-up of {wrong[0]} is none: pass numbers above 1, as 1.5,1.94")
+    if not (methods and speedups and seeds):
+        raise InputError("there is nothing to compare: give methods, speed-ups and seeds")
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The records of a folder; a last line that was cut off is left out.
+
+    Raises:
+        InputError: another line is damaged.
+    """
+    path = folder / "records.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last line end is incomplete
+        try:
+            records.append(Record(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}, line {number} is damaged: remove that line") from error
+    return records
+
+
+@dataclass(frozen=True)
+class _Run:
+    task: Task
+    dense: nn.Module
+    folder: Path
+    method: str
+    speedup: float
+    seed: int
+    settings: Settings
+    source: Source
+    progress: Progress
+
+    def record(self, facts: Mapping[str, Any]) -> Record:
+        if self.method == _DENSE:
+            network: Any = copy.deepcopy(self.dense).eval()
+            value_kept, gap, outside_ms = 1.0, None, None
+        else:
+            network = self._pruned()
+            plan = halp_fx.plan_of(network)
+            value_kept, gap = plan.value / plan.dense_value, plan.gap
+            outside_ms = plan.report.get("outside_ms")
+        pruned = self.task.evaluate(network, self._tell("evaluate pruned"))
+        dense_ms, ms, spread_ms = self._measured(network)
+        self._tune(network)
+        tuned = self.task.evaluate(network, self._tell("evaluate tuned"))
+        self._save(network)
+        return Record(
+            method=self.method,
+            speedup=self.speedup,
+            seed=self.seed,
+            settings=facts,
+            dense_ms=dense_ms,
+            ms=ms,
+            spread_ms=spread_ms,
+            outside_ms=outside_ms,
+            params=sum(p.numel() for p in network.parameters()),
+            value_kept=value_kept,
+            gap=gap,
+            pruned=pruned,
+            tuned=tuned,
+        )
+
+    def _pruned(self) -> nn.Module:
+        options = dict(METHODS[self.method])
+        if "saliency" not in options:
+            options["data"] = self.task.calm(self.seed, self.settings.score_batches)
+            options |= self.task.scoring()
+        network = self._best([{**options, "round_to": r} for r in self._roundings(options)])
+        batches = self.task.calm(self.seed + 1, self.settings.recalibration_batches)
+        halp_fx.recalibrate(network, self.task.recalibration(batches))
+        return network
+
+    def _roundings(self, options: Mapping[str, Any]) -> tuple[int | None, ...]:
+        return _ROUNDINGS.get(str(options["solver"]), (None,))
+
+    def _best(self, tries: Sequence[Mapping[str, Any]]) -> nn.Module:
+        """The network that keeps most of the saliency, among those within the budget if any is."""
+        found: list[tuple[bool, float, nn.Module]] = []
+        failed: InfeasibleError | None = None
+        for options in tries:
+            try:
+                network = self._compiled(options)
+            except InfeasibleError as error:
+                failed = error
+                continue
+            plan = halp_fx.plan_of(network)
+            found.append((bool(plan.report.get("met", True)), plan.value, network))
+        if not found and failed is not None:
+            raise InfeasibleError(
+                f"{self.method} can't make the network {self.speedup:g} times as fast: {failed}",
+                failed.least,
+            ) from failed
+        return max(found, key=lambda one: one[:2])[2]
+
+    def _compiled(self, options: Mapping[str, Any]) -> nn.Module:
+        prune = self._tell("prune")
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage == "latency":  # the longest by far
+                prune(done, total)
+
+        return halp_fx.compile(
+            self.dense.eval(), halp_fx.Budget(share=1 / self.speedup), self.task.example(),
+            latency=self.source, progress=tell, **options,
+        )  # fmt: skip
+
+    def _measured(self, network: nn.Module) -> tuple[float, float, float | None]:
+        (dense, inputs), (small, _) = self.task.core(self.dense), self.task.core(network)
+        if not self.source.backend.measured:
+            dense_ms = price(groups_of(dense, inputs), self.source).dense_ms
+            if self.method == _DENSE:
+                return dense_ms, dense_ms, None
+            return dense_ms, halp_fx.plan_of(network).predicted_ms, None
+        steadiest: tuple[float, float, float] | None = None
+        least = math.inf
+        for _ in range(_ATTEMPTS):
+            pair = measure_paired(dense, small, self.source.backend, inputs, inputs, rounds=_ROUNDS)
+            unsteady = max(one.spread_ms / one.median_ms for one in pair)
+            if unsteady < least:
+                least, (large, little) = unsteady, pair
+                steadiest = large.median_ms, little.median_ms, little.spread_ms
+            if unsteady <= _STEADY:
+                break
+        assert steadiest is not None
+        return steadiest
+
+    def _tune(self, network: nn.Module) -> None:
+        recipe = Recipe(**{**asdict(self.settings.tune), "seed": self.seed})
+        # Seeds of epochs that training didn't have.
+        train(
+            network,
+            recipe,
+            lambda number: self.task.epoch(self.seed + 1000, number),
+            self.task.loss,
+            tick=self._tell("fine-tune"),
+        )
+
+    def _save(self, network: nn.Module) -> None:
+        if self.method == _DENSE:
+            return
+        path = self.folder / "networks" / f"{self.method}_{self.speedup:g}_{self.seed}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        core = self.task.core(network)[0]
+        assert isinstance(core, fx.GraphModule)
+        halp_fx.save(core, path)
+
+    def _tell(self, what: str) -> Callable[[int, int], None]:
+        name = f"{self.method} {self.speedup:g}x seed {self.seed}: {what}"
+        return lambda done, total: self.progress(name, done, total)
+
+
+def _key(method: str, speedup: float, seed: int, settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    return method, speedup, seed, json.dumps(settings, sort_keys=True)
+
+
+def _append(folder: Path, record: Record) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "records.jsonl"
+    if path.exists():  # the rest of a line that was cut off
+        text = path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if whole != text:
+            path.write_bytes(whole)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(record)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
