@@ -86,7 +86,8 @@ def compile(
         candidates: try so many near-optimal plans on a few batches of `data` (loss after batch
             norm recalibration) and keep the best.
         also: further devices or back-ends whose latency is limited too: pairs (latency, budget) as
-            the arguments of these names.
+            the arguments of these names; each budget limits latency alone, which is predicted, not
+            measured afterwards.
         verify: measure the result beside the dense network, and choose again while it misses the
             budget. Only with a back-end that measures.
         progress: called as `progress(stage, done, total)`.

@@ -98,6 +98,16 @@ def test_where_a_line_makes_no_sense() -> None:
     assert (falling.offset_ms, falling.scale) == (0, 1.0)
 
 
+def test_what_only_noise_can_say() -> None:
+    """Times that hardly depend on the kernels: no plan could save anything by such a fit."""
+    sums = [1.0, 1.5, 2.0, 2.5, 3.0, 2.0]
+    found = fit_calibration(sums, [2.0, 2.3, 1.9, 2.4, 2.1, 2.0], held_out=1)
+    assert (found.offset_ms, found.scale) == pytest.approx(
+        (0.0, np.median([2, 2.3 / 1.5, 0.95, 0.96, 0.7]))
+    )
+    assert found.worst_error > 0.01
+
+
 @pytest.mark.parametrize(
     ("sums", "measured", "held_out", "message"),
     [

@@ -176,6 +176,7 @@ def test_several_settings_of_this_device_are_named(tmp_path: Path) -> None:
         resolve_backend(_table(tmp_path / "t.sqlite", *texts))
     assert "threads 1" in str(e.value)
     assert "threads 2" in str(e.value)
+    assert "or keep each in a table of its own (halp-fx profile -o FILE)" in str(e.value)
 
 
 @pytest.mark.parametrize("latency", ["tensorrt", "no/such/table.sqlite", Path("gone"), 3, Torch])

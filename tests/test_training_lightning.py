@@ -166,8 +166,9 @@ def test_a_second_fit_goes_on_and_another_module_starts_anew() -> None:
     _fit([pruning], module, steps=3)
     pruner = pruning.pruner
     assert pruner is not None and pruner.milestone == 1
-    trainer = _trainer([pruning], 4)
-    trainer.fit(module, _loader())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "halp_fx")  # 4 steps are enough after the first 3
+        _fit([pruning], module, steps=4)
     assert pruning.pruner is pruner and pruner.done
     assert "on_load_checkpoint" not in vars(module)
     _fit([pruning], steps=2)
@@ -184,6 +185,26 @@ def test_evaluation_of_a_checkpoint_takes_its_widths(tmp_path: Path) -> None:
     loaded = _trainer([fresh]).predict(other, _loader(), ckpt_path=tmp_path / "four.ckpt")
     assert torch.equal(loaded[0], expected)
     assert fresh.pruner is not None and fresh.pruner.milestone == 2
+
+
+def test_own_hooks_of_the_module_are_called(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    class Hooked(Classifier):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            seen.append(f"method, {len(checkpoint['state_dict']['model.0.weight'])} channels")
+
+    _fit([_callback()], steps=6).save_checkpoint(tmp_path / "run.ckpt")
+    module = Hooked()
+    _fit([_callback()], module, ckpt=tmp_path / "run.ckpt", steps=7)
+    width = module.model.get_parameter("0.weight").shape[0]
+    assert seen == [f"method, {width} channels"] and width < 8
+    assert "on_load_checkpoint" not in vars(module)
+    module = Hooked()
+    own = lambda _: seen.append("attribute")  # noqa: E731
+    module.on_load_checkpoint = own
+    _fit([_callback()], module, ckpt=tmp_path / "run.ckpt", steps=7)
+    assert seen[1:] == ["attribute"] and module.on_load_checkpoint is own
 
 
 def test_averaged_weights_are_cut_and_resume(tmp_path: Path) -> None:
@@ -399,7 +420,7 @@ def test_two_processes_train_as_one_and_resume(tmp_path: Path) -> None:
 
 def test_a_schedule_longer_than_the_training_is_told() -> None:
     with pytest.warns(
-        UserWarning, match=r"after 200 optimiser steps \(steps=2 \* every=100\), and"
+        UserWarning, match=r"after 200 more optimiser steps \(steps=2 \* every=100 in all\), and"
     ) as seen:
         _fit([_callback(steps=2, every=100)], steps=3)
     assert any("training ended after 0 of 2 milestones" in str(w.message) for w in seen)

@@ -22,7 +22,14 @@ from halp_fx.tools.coverage_report import coverage_table
 from halp_fx.tools.experiments import accuracy_cli
 from halp_fx.tools.experiments import cli as experiments_cli
 from halp_fx.tools.models import parse_input
-from halp_fx.tools.options import InputOption, ModelArgument, PretrainedOption, WeightsOption, load
+from halp_fx.tools.options import (
+    BatchOption,
+    InputOption,
+    ModelArgument,
+    PretrainedOption,
+    WeightsOption,
+    load,
+)
 
 __all__ = ["app", "main"]
 
@@ -228,6 +235,7 @@ def prune(
     onnx: Annotated[bool, typer.Option(help="Export and check an ONNX file.")] = True,
     pretrained: PretrainedOption = False,
     weights: WeightsOption = None,
+    batch: BatchOption = None,
     shapes: InputOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -237,7 +245,7 @@ def prune(
     """
     del debug
     limit = pruner.budget_of(budget, params=params, macs=macs, memory=memory)
-    network, example = load(model, shapes, pretrained=pretrained, weights=weights)
+    network, example = load(model, shapes, batch=batch, pretrained=pretrained, weights=weights)
     if not pretrained and weights is None and model.startswith(("torchvision:", "timm:")):
         err().print("[yellow]note: random weights; give --pretrained or --weights FILE[/]")
     options = {

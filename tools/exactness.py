@@ -124,16 +124,17 @@ def masked_dense(model: nn.Module, kept: Kept) -> nn.Module:
     """A copy of `model` with the removed slices of every floating tensor zero.
 
     Zero along every dim, producers and consumers alike, so that products of two activations
-    (attention's q and k) vanish for removed channels as well. Running statistics stay: a removed
-    channel must not be divided by a variance of zero. Where all of a tensor is gone, the branch
+    (attention's q and k) vanish for removed channels as well. Buffers with one number a channel,
+    as running statistics, stay: they may be divided by. Where all of a tensor is gone, the branch
     that it was in still adds what it makes of zeros: only weights that read channels are zero.
     """
     masked = copy.deepcopy(model)
+    parameters = {id(p) for p in masked.parameters()}
     done: set[int] = set()
     with torch.no_grad():
         for name, tensor in _tensors(masked).items():
-            statistics = name.endswith(("running_mean", "running_var"))
-            if not tensor.is_floating_point() or statistics or id(tensor) in done:
+            table = tensor.ndim < 2 and id(tensor) not in parameters
+            if not tensor.is_floating_point() or table or id(tensor) in done:
                 continue
             if (dims := kept.get(name)) is None:
                 continue

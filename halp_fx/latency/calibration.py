@@ -102,6 +102,8 @@ def fit_calibration(
 _COLUMNS = ((0, 1, 2), (1, 2), (0, 1))  # of offset, sum, weights: what may explain a time
 _NETWORKS = 3  # networks a column at least where weights are one; fewer would tell noise
 _COLLINEAR = 25.0  # condition of the columns above which noise would tell them apart
+# A kernel is not so much cheaper or dearer within a network than alone: noise says so.
+_SCALES = (0.25, 4.0)
 
 
 def _fit(
@@ -122,7 +124,8 @@ def _fit(
         factors[used] = np.linalg.lstsq(design, np.ones(len(measured)), rcond=None)[0]
         error = float(np.square(columns @ factors / measured - 1).sum())
         falls = factors[0] + factors[1] * sums.min() <= 0
-        if factors[1] > 0 and factors[2] >= 0 and not falls and error < least:
+        likely = _SCALES[0] <= factors[1] <= _SCALES[1]
+        if likely and factors[2] >= 0 and not falls and error < least:
             best, least = factors, error
     return best
 

@@ -155,7 +155,8 @@ def _from_table(table: LatencyTable, device: str | torch.device) -> Source:
     listed = "\n".join(f"  - {summary(text)}" for text in stored)
     raise LatencyError(
         f"the latency table {table.path} holds several devices or settings, and {count} this "
-        f"one:\n{listed}\nPass halp_fx.latency.Source(backend, table) to say which."
+        f"one:\n{listed}\nPass halp_fx.latency.Source(backend, table) to say which, or keep each "
+        "in a table of its own (halp-fx profile -o FILE)."
     )
 
 

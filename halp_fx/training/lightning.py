@@ -8,6 +8,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -122,32 +123,33 @@ class PruningCallback(_Callback):  # type: ignore[misc]  # Lightning may not be 
             self._start(trainer, pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
-        vars(pl_module).pop("on_load_checkpoint", None)
+        _load_as_before(pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        pruner, name = self._started(), self._name_in(pl_module)
+        name = self._name_in(pl_module)
         for callback, average in _averages(trainer):
             if not isinstance(average.get_submodule(name), fx.GraphModule):
                 raise InputError(
                     f"{type(callback).__name__} has copied the module before its network was "
                     "replaced: put PruningCallback first, Trainer(callbacks=[pruning, averaging])"
                 )
-        needed, there = pruner.steps * pruner.every, trainer.estimated_stepping_batches
-        if there < needed and not trainer.fast_dev_run:
-            warnings.warn(
-                f"halp_fx: the network is within its budget after {needed} optimiser steps "
-                f"(steps={pruner.steps} * every={pruner.every}), and the Trainer ends after "
-                f"{there}: lower steps or every, or train longer",
-                stacklevel=2,
-            )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        name = self._name_in(pl_module)
+        pruner, name = self._started(), self._name_in(pl_module)
         if not self._optimizers(trainer):
             raise InputError(
                 f"no optimiser of {type(pl_module).__name__}.configure_optimizers has parameters "
                 f"of {name!r}: take them there, as self.{name}.parameters(), not in __init__, "
                 "since the network that is pruned is a copy"
+            )
+        needed = pruner.steps * pruner.every - pruner._count
+        there = trainer.estimated_stepping_batches - trainer.global_step
+        if there < needed and not (pruner.done or trainer.fast_dev_run):
+            warnings.warn(
+                f"halp_fx: the network is within its budget after {needed} more optimiser steps "
+                f"(steps={pruner.steps} * every={pruner.every} in all), and the Trainer ends after "
+                f"{there}: lower steps or every, or train longer",
+                stacklevel=2,
             )
 
     def on_train_batch_start(
@@ -273,24 +275,39 @@ def _replace(pl_module: nn.Module, name: str, network: nn.Module) -> None:
     setattr(pl_module.get_submodule(parent), leaf, network)
 
 
-def _load_widths_first(pl_module: Any) -> None:
-    """Let callbacks see a checkpoint before its weights go into the module.
+@dataclass
+class _WidthsFirst:
+    """Lets callbacks see a checkpoint before its weights go into the module.
 
     Lightning restores callbacks after the weights, which would not fit then. What it calls before
     is the module's own `on_load_checkpoint`.
     """
-    if "on_load_checkpoint" in vars(pl_module):
-        return
-    own = pl_module.on_load_checkpoint
 
-    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-        trainer = pl_module.trainer
+    pl_module: Any
+    own: Any  # the module's method
+    attribute: Any  # what the instance had of that name, or None
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        trainer = self.pl_module.trainer
         for callback in trainer.callbacks:
             if isinstance(callback, PruningCallback):
-                callback._take_in(trainer, pl_module, checkpoint)
-        own(checkpoint)
+                callback._take_in(trainer, self.pl_module, checkpoint)
+        self.own(checkpoint)
 
-    pl_module.on_load_checkpoint = on_load_checkpoint
+
+def _load_widths_first(pl_module: Any) -> None:
+    attribute = vars(pl_module).get("on_load_checkpoint")
+    if not isinstance(attribute, _WidthsFirst):
+        own = pl_module.on_load_checkpoint
+        pl_module.on_load_checkpoint = _WidthsFirst(pl_module, own, attribute)
+
+
+def _load_as_before(pl_module: Any) -> None:
+    hook = vars(pl_module).get("on_load_checkpoint")
+    if isinstance(hook, _WidthsFirst):
+        del pl_module.on_load_checkpoint
+        if hook.attribute is not None:
+            pl_module.on_load_checkpoint = hook.attribute
 
 
 def _check_strategy(strategy: Any) -> None:

@@ -43,7 +43,7 @@ def difference(model: nn.Module, graph: nn.Module, inputs: tuple[Any, ...]) -> s
 
 def _run(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
     torch.manual_seed(0)
-    return detached_copy(module)(*inputs)
+    return detached_copy(module).forward(*inputs)  # hooks of the whole are not in the graph
 
 
 def _candidates(inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]:

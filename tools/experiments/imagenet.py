@@ -57,7 +57,7 @@ def _efficientnet_lite0(folder: Path) -> nn.Module:
     return network
 
 
-# Name -> (factory, last layer, mean and standard deviation of its input, least side).
+# Name -> (factory, last layer, mean and standard deviation of its input).
 NETWORKS: dict[str, tuple[Callable[[Path], nn.Module], str, tuple[Any, Any]]] = {
     "mobilenet_v2": (_mobilenet_v2, "classifier.1", (_MEAN, _STD)),
     "efficientnet_lite0": (_efficientnet_lite0, "_fc", _LITE),
