@@ -38,6 +38,7 @@ def compile(
     min_width: int | Mapping[str, int] = 0,
     round_to: int | Mapping[str, int] | None = None,
     candidates: int = 1,
+    steps: int = 1,
     also: Sequence[tuple[Any, float | str | Budget]] = (),
     verify: bool = True,
     progress: Progress | None = None,
@@ -51,14 +52,15 @@ def compile(
             parameters and multiply-adds besides.
         example_inputs: a tensor or a tuple, the model's positional arguments, at the batch size
             that the latency is meant for. None: one image of the size the model expects.
-        data: minibatches `(inputs, target)` to score channels by (HALP's Taylor saliency). None:
-            channels are scored by their weights alone, which is the weaker score.
+        data: minibatches `(inputs, target)` to score channels by. None: channels are scored by
+            their weights alone, which is the weaker score.
         loss: `loss(output, target)`, needed with `data`.
         latency: what a width costs. None measures this device with PyTorch, keeping the table;
             "torch", "onnxruntime" or "analytic" name a back-end; a back-end with options, as
             `halp_fx.latency.OnnxRuntime(threads=1)`; the path of a table; a `LatencyTable`.
-        saliency: "taylor", "magnitude", or a callable that takes the `ChannelGroups` and returns
-            group name -> scores (units,).
+        saliency: "fisher" (mean squares of the first-order change of the loss; the default with
+            data), "taylor" (HALP's: its mean absolute values), "magnitude", or a callable that
+            takes the `ChannelGroups` and returns group name -> scores (units,).
         include: only the output channels of these modules and parameters may go: a glob over
             names ("layer1" takes in all below it, "*.conv2"), several, or a callable
             `(parameter name, dim) -> bool`. Norms, biases and depthwise convolutions follow the
@@ -85,6 +87,9 @@ def compile(
             matches, the default holds.
         candidates: try so many near-optimal plans on a few batches of `data` (loss after batch
             norm recalibration) and keep the best.
+        steps: prune in so many steps, of budgets that fall exponentially; between them, batch norms
+            are recalibrated and the channels that are left scored anew on up to 64 minibatches of
+            `data`, in a copy. Values and `plan.gap` are those of the last.
         also: further devices or back-ends whose latency is limited too: pairs (latency, budget) as
             the arguments of these names; each budget limits latency alone, which is predicted, not
             measured afterwards.
@@ -128,6 +133,7 @@ def compile(
         "min_width": min_width,
         "round_to": round_to,
         "candidates": candidates,
+        "steps": steps,
         "also": also,
         "verify": verify,
         "progress": progress,

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from halp_fx.budget import Budget, parse_budget
 from halp_fx.candidates import best_of
-from halp_fx.errors import HalpError, InputError, NothingToPruneError
+from halp_fx.errors import HalpError, InfeasibleError, InputError, NothingToPruneError
 from halp_fx.latency import Source, Stored, measure_paired, resolve_backend
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import price, refine
@@ -28,7 +28,8 @@ from halp_fx.passes.rules.widths import Widths
 from halp_fx.passes.saliency import score
 from halp_fx.passes.select import check_solver, select
 from halp_fx.passes.trace import trace
-from halp_fx.types import ChannelGroups, LatencyModel, Plan, Saliency
+from halp_fx.stepwise import check_steps, narrowed, target_at
+from halp_fx.types import ChannelGroups, IntArray, LatencyModel, Plan, Saliency
 
 __all__ = ["MIN_SHARE", "Prepared", "Progress", "prepare"]
 
@@ -56,6 +57,7 @@ class Prepared:
     data: Iterable[Any] | None
     loss: Callable[[Any, Any], torch.Tensor] | None
     candidates: int
+    steps: int
     verify: bool
     tell: Progress
 
@@ -69,17 +71,12 @@ class Prepared:
         with _guarded(self.model, self.tell) as stage:
             stage("select")
             costs, source, scores = self.costs, self.source, self.scores
-            limits = _limits(limit, self.groups)
-
-            def choose(
-                groups: ChannelGroups, scores: Saliency, costs: LatencyModel, budget_ms: float
-            ) -> Plan:
-                return select(
-                    groups, scores, costs, budget_ms,
-                    limits=limits, also=self.also, **self.options,
-                )  # fmt: skip
-
-            plan = choose(self.groups, scores, costs, limit.in_ms(costs.dense_ms))
+            budget_ms = limit.in_ms(costs.dense_ms)
+            choose = self._chooser(limit)
+            plan = choose(self.groups, scores, costs, budget_ms)
+            if self.steps > 1 and budget_ms < costs.dense_ms:
+                stage("steps")
+                plan, scores, choose = self._stepwise(plan, limit, choose)
             if _can_measure(source):
                 stage("refine")
                 costs, plan = _refined(plan, scores, costs, source, self.tell, choose)
@@ -97,6 +94,47 @@ class Prepared:
         plan = pruned.meta["halp_fx"]  # the network should not keep the dense one alive
         pruned.meta["halp_fx"] = replace(plan, groups=plan.groups.without_network())
         return pruned
+
+    def _chooser(
+        self, limit: Budget, done: float = 1.0, among: Sequence[IntArray] | None = None
+    ) -> Choose:
+        """Chooses units within all limits, or what they are when a share of the steps is done."""
+        dense = _counts(self.groups) if limit.further else {}
+        counts = limit.counts(*dense.values()) if dense else {}
+        limits = {name: target_at(dense[name], most, done) for name, most in counts.items()}
+        also = [(model, target_at(model.dense_ms, most, done)) for model, most in self.also]
+
+        def choose(
+            groups: ChannelGroups, scores: Saliency, costs: LatencyModel, budget_ms: float
+        ) -> Plan:
+            return select(
+                groups, scores, costs, budget_ms,
+                limits=limits, also=also, among=among, **self.options,
+            )  # fmt: skip
+
+        return choose
+
+    def _stepwise(
+        self, at_once: Plan, limit: Budget, choose: Choose
+    ) -> tuple[Plan, Saliency, Choose]:
+        """The plan of the last step, the scores that it is by, and what chooses among the rest."""
+        assert self.data is not None and self.loss is not None
+
+        def step(
+            scores: Saliency, budget_ms: float, done: float, among: Sequence[IntArray] | None
+        ) -> Plan:
+            return self._chooser(limit, done, among)(self.groups, scores, self.costs, budget_ms)
+
+        try:
+            among, scores = narrowed(
+                self.steps, self.groups, self.scores, self.costs, at_once.budget_ms, step,
+                self.data, self.loss, partial(self.tell, "steps"),
+            )  # fmt: skip
+            last = self._chooser(limit, among=among)
+            return last(self.groups, scores, self.costs, at_once.budget_ms), scores, last
+        except InfeasibleError:
+            # Costs need not fall with the width: what is left may miss a budget that can be met.
+            return at_once, self.scores, choose
 
 
 def prepare(
@@ -116,6 +154,7 @@ def prepare(
     min_width: int | Mapping[str, int] = 0,
     round_to: int | Mapping[str, int] | None = None,
     candidates: int = 1,
+    steps: int = 1,
     also: Sequence[tuple[Any, float | str | Budget]] = (),
     verify: bool = True,
     progress: Progress | None = None,
@@ -136,6 +175,7 @@ def prepare(
             f"candidates={candidates!r}: pass a whole number of at least 1; above 1 it needs data "
             "and loss to try the plans on"
         )
+    check_steps(steps, data, saliency)
     further = _latency_limits(also)
     check_solver(solver, also=further)
     tell = progress if progress is not None else _silent
@@ -177,6 +217,7 @@ def prepare(
         data=data,
         loss=loss,
         candidates=candidates,
+        steps=steps,
         verify=verify,
         tell=tell,
     )
@@ -294,13 +335,14 @@ def _in_scope(groups: ChannelGroups, scope: Scope | None) -> ChannelGroups:
     return replace(groups, branches=tuple(b for b in groups.branches if not scope.holds(b.tensors)))
 
 
-def _limits(limit: Budget, groups: ChannelGroups) -> dict[str, float]:
-    """What is limited besides the latency, as counts."""
-    if not limit.further:
-        return {}
+def _counts(groups: ChannelGroups) -> dict[str, int]:
+    """What may be limited besides the latency, of the dense network, in the order of `Budget`."""
     dense = groups.dense_units
-    params, macs = total(parameter_counts(groups), dense), total(mac_counts(groups), dense)
-    return limit.counts(params, macs, peak(memory_moments(groups), dense)[0])
+    return {
+        "params": total(parameter_counts(groups), dense),
+        "macs": total(mac_counts(groups), dense),
+        "memory": peak(memory_moments(groups), dense)[0],
+    }
 
 
 def _annotated(plan: Plan, scores: Saliency, costs: LatencyModel, **facts: Any) -> Plan:

@@ -8,7 +8,7 @@ gradients, its modes and the global random state are as before.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,16 @@ from torch import fx, nn
 
 from halp_fx.errors import InputError, SaliencyError
 from halp_fx.passes.rules.structure import named_tensors
-from halp_fx.types import ChannelGroups, FloatArray, Group, Saliency
+from halp_fx.types import ChannelGroups, FloatArray, Group, Plan, Saliency
 
-__all__ = ["score"]
+__all__ = ["METHODS", "score", "score_survivors"]
+
+METHODS = ("fisher", "taylor", "magnitude")
 
 _FEW = 4  # units below which a group may be worth nothing: a few dead channels are common
 Loss = Callable[[Any, Any], torch.Tensor]
 Progress = Callable[[int, int], None]
+_Sources = list[tuple[str, int, Any]]  # (parameter, dim, index (units, width)) of a group
 
 
 def score(
@@ -35,10 +38,17 @@ def score(
 ) -> Saliency:
     """Score every unit.
 
-    With data and loss: HALP's first-order Taylor score (NeurIPS 2022, section 3.1; Molchanov et
-    al., CVPR 2019) on batch norm, `|sum over the coupled layers of gamma * dgamma + beta * dbeta|`
-    a minibatch, averaged over the minibatches with finite scores. Groups without batch norm use
-    `|sum of W * dW|` over the filters that make the channel.
+    With data and loss, the first-order change of the loss when a unit goes is taken for each
+    minibatch: `t = sum over the coupled layers of gamma * dgamma + beta * dbeta` on batch norm,
+    or `t = sum of W * dW` over the filters that make the channel where there is none.
+
+    - "fisher", the default: the mean of `t ** 2` over minibatches (Molchanov et al., CVPR 2019,
+      equation 8; of coupled channels Liu et al., *Group Fisher Pruning*, ICML 2021). Near a
+      minimum the mean gradient says little, and this is half of the second-order change, with
+      the Fisher information for the Hessian. Scores of different groups compare better.
+    - "taylor", HALP's (NeurIPS 2022, section 3.1): the mean of `|t|`.
+
+    Minibatches whose scores are not finite are left out, group by group.
 
     Without data: the L2 norm of the filters, scaled by the batch norm that follows, relative to
     the mean of the group. It needs no data and is the weaker score.
@@ -46,8 +56,9 @@ def score(
     Args:
         data: minibatches `(inputs, target)`; inputs a tensor or a tuple.
         loss: `loss(output, target)` -> scalar tensor.
-        method: "taylor", "magnitude", or a callable that takes the groups and returns a dict
-            (group name -> scores) or a list of arrays, one (units,) a group.
+        method: "fisher", "taylor", "magnitude", or a callable that takes the groups and returns a
+            dict (group name -> scores) or a list of arrays, one (units,) a group. None: "fisher"
+            with data, else "magnitude".
 
     Raises:
         InputError: data without loss, a loss that gives no gradient, a wrong batch.
@@ -56,30 +67,87 @@ def score(
     if callable(method):
         name = getattr(method, "__name__", type(method).__name__)
         return _checked(groups, _of_callable(groups, method(groups), name), name, data is None)
-    if method not in (None, "taylor", "magnitude"):
+    if method is not None and method not in METHODS:
         raise InputError(
-            f"saliency={method!r} is not known: pass 'taylor', 'magnitude', a callable or None"
+            f"saliency={method!r} is not known: pass {', '.join(map(repr, METHODS))}, a callable "
+            "or None"
         )
     if data is not None and loss is None:
         raise InputError("data was given without loss: pass loss=callable(output, target)")
-    if method == "taylor" and data is None:
-        raise InputError("the Taylor saliency needs data and loss: pass both, or 'magnitude'")
+    if method in ("fisher", "taylor") and data is None:
+        raise InputError(f"the saliency {method!r} needs data and loss: pass both, or 'magnitude'")
     if data is None or method == "magnitude":
         return _checked(groups, _magnitude(groups), "magnitude", True)
     assert loss is not None
-    return _checked(groups, _taylor(groups, data, loss, progress), "taylor", False)
-
-
-def _taylor(
-    groups: ChannelGroups, data: Iterable[Any], loss: Loss, progress: Progress | None
-) -> list[FloatArray]:
     module = _private_copy(groups.traced.module)
-    tensors = dict(named_tensors(module))
     sources = [_scored_members(groups, g, module) for g in groups.groups]
+    found = _by_gradients(groups, module, sources, data, loss, method == "taylor", progress)
+    return _checked(groups, found, method or "fisher", False)
+
+
+def score_survivors(
+    network: fx.GraphModule,
+    plan: Plan,
+    data: Iterable[Any],
+    loss: Loss,
+    method: str | None = None,
+    progress: Progress | None = None,
+) -> Saliency:
+    """Score the units that are left in a pruned network, as `score` does with data.
+
+    Args:
+        network: what the plan was rewritten to; it is left as it is.
+        plan: its groups are those of the dense network.
+        method: "fisher" or "taylor".
+
+    Returns:
+        One array a group over the units of the dense network: 0 for those that are gone.
+
+    Raises:
+        SaliencyError: scores that are not finite in any minibatch, or all zero.
+    """
+    groups = plan.groups
+    module = _private_copy(network)
+    dense = groups.traced.module
+    sources: list[_Sources] = []
+    for group, units in zip(groups.groups, plan.units, strict=True):
+        members: _Sources = []
+        for name, dim, index in _scored_members(groups, group, dense) if len(units) else ():
+            survivors = plan.kept[name][dim]
+            if survivors is not None:
+                index = np.searchsorted(survivors.numpy(), index[units])
+                if len(survivors):  # else it went with its branch
+                    members.append((name, dim, index))
+            else:
+                members.append((name, dim, index[units]))
+        sources.append(members)
+    found = _by_gradients(groups, module, sources, data, loss, method == "taylor", progress,
+                          [len(units) for units in plan.units])  # fmt: skip
+    scores = tuple(np.zeros(n) for n in groups.dense_units)
+    for full, units, own in zip(scores, plan.units, found, strict=True):
+        full[units] = own
+    if not any(full.any() for full in scores):
+        raise SaliencyError("the saliency of the pruned network is zero for every unit")
+    return Saliency(scores, method or "fisher", False)
+
+
+def _by_gradients(
+    groups: ChannelGroups,
+    module: fx.GraphModule,
+    sources: Sequence[_Sources],
+    data: Iterable[Any],
+    loss: Loss,
+    absolute: bool,
+    progress: Progress | None,
+    units: Sequence[int] | None = None,
+) -> list[FloatArray]:
+    """Means over minibatches of |t| or t ** 2, one array (units,) a group; see `score`."""
+    tensors = dict(named_tensors(module))
+    units = groups.dense_units if units is None else units
     wanted = {name for members in sources for name, *_ in members}
     for name, tensor in tensors.items():
         tensor.requires_grad_(name in wanted and tensor.is_floating_point())
-    totals = [np.zeros(g.units) for g in groups.groups]
+    totals = [np.zeros(n) for n in units]
     used = [0] * len(totals)
     batches = 0
     total = len(data) if hasattr(data, "__len__") else 0  # type: ignore[arg-type]
@@ -89,10 +157,10 @@ def _taylor(
         _backward(module, batch, loss)
         batches += 1
         for i, members in enumerate(sources):
-            batch_score = np.zeros(groups.groups[i].units)
+            batch_score = np.zeros(units[i])
             for name, dim, index in members:
                 batch_score += _sum_of_products(tensors[name], dim, index)
-            batch_score = np.abs(batch_score)
+            batch_score = np.abs(batch_score) if absolute else batch_score**2
             if np.isfinite(batch_score).all():
                 totals[i] += batch_score
                 used[i] += 1
@@ -105,7 +173,7 @@ def _taylor(
     for i, group in enumerate(groups.groups):
         if used[i] == 0:
             raise SaliencyError(
-                f"the Taylor saliency of group {group.name!r} is not finite in any of {batches} "
+                f"the saliency of group {group.name!r} is not finite in any of {batches} "
                 "batches: check the data and the loss for NaN or infinity"
             )
     return [t / n for t, n in zip(totals, used, strict=True)]
@@ -147,9 +215,7 @@ def _backward(module: fx.GraphModule, batch: Any, loss: Loss) -> None:
     value.backward()
 
 
-def _scored_members(
-    groups: ChannelGroups, group: Group, module: fx.GraphModule
-) -> list[tuple[str, int, Any]]:
+def _scored_members(groups: ChannelGroups, group: Group, module: fx.GraphModule) -> _Sources:
     """(parameter, dim, index) whose products with their gradients are summed for a group."""
     norms = _batch_norm_parameters(module)
     members = [m for m in group.members if m.dim == 0 and m.name in norms]
@@ -158,7 +224,7 @@ def _scored_members(
         members = producers or [m for m in group.members if m.dim == 0] or list(group.members)
     parameters = {name for name, _ in module.named_parameters()}
     seen: set[int] = set()
-    unique: list[tuple[str, int, Any]] = []
+    unique: _Sources = []
     tensors = dict(named_tensors(module))
     for member in members:
         tensor = tensors[member.name]

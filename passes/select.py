@@ -110,6 +110,7 @@ def knapsack_of(
     drop_blocks: bool = True,
     min_share: float = 0.0,
     allowed: Widths | None = None,
+    among: Sequence[IntArray] | None = None,
 ) -> Knapsack:
     """Values and costs of all levels of all groups; see `select` for the options.
 
@@ -117,25 +118,33 @@ def knapsack_of(
         InputError: the widths that are allowed contradict each other or the groups.
     """
     within = {g for branch in groups.branches for g in branch.groups if drop_blocks}
+    left = among if among is not None else [np.arange(n) for n in groups.dense_units]
     sizes = tuple(
-        widths(
-            group,
-            droppable=g in within,
-            min_share=own.min_share,
-            min_width=own.min_width,
-            round_to=own.round_to,
-            step=step,
+        _at_most(
+            len(own_units),
+            widths(
+                group,
+                droppable=g in within,
+                min_share=own.min_share,
+                min_width=own.min_width,
+                round_to=own.round_to,
+                step=step,
+            ),
         )
-        for g, (group, own, step) in enumerate(
+        for g, (group, own, step, own_units) in enumerate(
             zip(
                 groups.groups,
                 _allowed(allowed, min_share).resolve(groups),
                 unit_steps(groups, latency),
+                left,
                 strict=True,
             )
         )
     )
-    orders = tuple(np.argsort(-s, kind="stable") for s in saliency.scores)
+    orders = tuple(
+        own[np.argsort(-s[own], kind="stable")]
+        for s, own in zip(saliency.scores, left, strict=True)
+    )
     values = tuple(
         np.concatenate([[0.0], np.cumsum(s[order])])[n]
         for s, order, n in zip(saliency.scores, orders, sizes, strict=True)
@@ -163,6 +172,7 @@ def select(
     drop_blocks: bool = True,
     min_share: float = 0.0,
     allowed: Widths | None = None,
+    among: Sequence[IntArray] | None = None,
 ) -> Plan:
     """Choose the units that keep the most saliency within `budget_ms` milliseconds.
 
@@ -177,6 +187,7 @@ def select(
         min_share: each group keeps at least this share of its units, or goes with its branch; in
             place of `allowed`.
         allowed: the widths that each group may have.
+        among: the units of each group to choose from; the others are gone. None: all.
 
     Raises:
         InputError: an unknown solver or limit, limits with a solver that takes none, or widths
@@ -193,8 +204,9 @@ def select(
         if not limit > 0:
             raise BudgetError(f"the limit on {name} is {limit!r}: pass a count above 0")
     problem = knapsack_of(
-        groups, saliency, latency, drop_blocks=drop_blocks, min_share=min_share, allowed=allowed
-    )
+        groups, saliency, latency, drop_blocks=drop_blocks, min_share=min_share, allowed=allowed,
+        among=among,
+    )  # fmt: skip
     params, macs = parameter_counts(groups), mac_counts(groups)
     counts = {"params": params, "macs": macs}
     further = [
@@ -241,6 +253,11 @@ def select(
         groups=groups,
         report=report,
     )
+
+
+def _at_most(units: int, sizes: IntArray) -> IntArray:
+    """The sizes that so many units are enough for, and to keep all of them."""
+    return np.union1d(sizes[sizes <= units], np.array([units], dtype=np.int64))
 
 
 def _allowed(allowed: Widths | None, min_share: float) -> Widths:

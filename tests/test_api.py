@@ -184,12 +184,12 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "taylor without data": (
         {"saliency": "taylor"},
         InputError,
-        "the Taylor saliency needs data and loss",
+        "the saliency 'taylor' needs data and loss",
     ),
     "unknown saliency": (
         {"saliency": "entropy"},
         InputError,
-        "saliency='entropy' is not known: pass 'taylor', 'magnitude'",
+        "saliency='entropy' is not known: pass 'fisher', 'taylor', 'magnitude'",
     ),
     "loss without a gradient: argmax": (
         {"data": batches(), "loss": lambda output, target: output.argmax(1).float().mean()},
@@ -234,7 +234,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "data that is not finite": (
         {"data": NAN_DATA, "loss": cross_entropy},
         SaliencyError,
-        r"the Taylor saliency of group '\w+.*' is not finite in any of 1 batches",
+        r"the saliency of group '\w+.*' is not finite in any of 1 batches",
     ),
     "loss times zero": (
         {"data": batches(), "loss": lambda o, t: 0 * cross_entropy(o, t)},
@@ -351,12 +351,13 @@ def test_control_flow_on_values_at_the_top() -> None:
         compiled(model)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "taylor", "callable"])
+@pytest.mark.parametrize("method", ["magnitude", "fisher", "steps", "callable"])
 def test_success_leaves_the_model_alone(method: str) -> None:
     model = make_net()
     options: dict[str, Any] = {}
-    if method == "taylor":
-        options = {"data": batches(), "loss": cross_entropy}
+    if method in ("fisher", "steps"):
+        steps = 3 if method == "steps" else 1
+        options = {"data": batches(), "loss": cross_entropy, "steps": steps}
     if method == "callable":
         options = {"saliency": lambda groups: [np.arange(g.units) + 1.0 for g in groups.groups]}
     inputs = image()

@@ -202,11 +202,11 @@ def test_scores_by_the_losses_of_the_detector(ssd: tuple[nn.Module, nn.Module]) 
 
     prune(model, saliency=scores_of)
     groups = seen[0]
-    from halp_fx.cores import taylor_of_whole
+    from halp_fx.cores import scores_of_whole
 
     data = Batches([(given, wanted)], torch.device("cpu"))
     with torch.random.fork_rng():
-        scores = taylor_of_whole(for_losses(model), data, sum_of_losses(None))(groups)
+        scores = scores_of_whole(for_losses(model), data, sum_of_losses(None), "taylor")(groups)
 
     truth = copy.deepcopy(model).train()
     for module in truth.modules():
@@ -238,7 +238,7 @@ def test_data_makes_the_saliency(ssd: tuple[nn.Module, nn.Module]) -> None:
     given = images()
     data = [(given, targets(given))]
     by_sum = halp_fx.plan_of(prune(model, data=data))
-    assert by_sum.report["saliency"] == "taylor"
+    assert by_sum.report["saliency"] == "fisher"
     assert by_sum.report["data_free"] is False
     classes = halp_fx.plan_of(
         prune(model, data=data, loss=lambda losses, _targets: losses["classification"])

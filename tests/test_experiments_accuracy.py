@@ -311,11 +311,21 @@ def test_a_peer_gets_the_gradients_of_all_scoring_images(task: Task) -> None:
 def test_sets_of_methods() -> None:
     assert [m.name for m in chosen_methods("halp, main")][:2] == ["halp", "joint"]
     assert set(itertools.chain(*SETS.values())) == set(METHODS)
-    assert len(SETS["main"]) == 7
+    assert len(SETS["main"]) == 8
     with pytest.raises(InputError, match="there is no method 'magic': use main, parts, scores"):
         chosen_methods("joint,magic")
     with pytest.raises(InputError, match="--methods is empty"):
         chosen_methods(" ,")
+
+
+def test_images_that_accuracies_are_reported_on(task: Task) -> None:
+    assert task.tested().pixels is task.test.pixels
+    chosen = replace(task, settings=Settings(on="choose"))
+    assert chosen.tested().pixels is task.choose.pixels
+    few = replace(task, settings=Settings(on="choose", test_images=5)).tested()
+    assert len(few) == 5
+    known = {image.numpy().tobytes() for image in task.choose.pixels}
+    assert {image.numpy().tobytes() for image in few.pixels} <= known
 
 
 # Scores.
@@ -330,13 +340,8 @@ def test_filter_norms(task: Task) -> None:
 
 def test_scores_relative_to_their_group(task: Task) -> None:
     groups = find_groups(trace(task.dense, task.example))
-    data = task.scoring(0)
-    for own in scores.normalised(data, task.loss)(groups):
+    for own in scores.normalised(task.scoring(0), task.loss)(groups):
         assert own.mean() == pytest.approx(1.0)
-    one = scores.squared(data[:1], task.loss)(groups)
-    two = scores.squared([data[0], data[0]], task.loss)(groups)
-    for a, b in zip(one, two, strict=True):
-        assert b == pytest.approx(2 * a)
 
 
 def test_measured_scores_know_what_is_useless(task: Task) -> None:
@@ -391,6 +396,8 @@ def test_settings_are_checked_and_told_apart() -> None:
     assert (
         len({Settings().digest("a"), Settings().digest("b"), Settings(rate=0.1).digest("a")}) == 3
     )
+    with pytest.raises(InputError, match="on is 'train': pass one of test, choose"):
+        Settings(on="train")
     with pytest.raises(InputError, match="recovery is 'magic': pass one of plain, distilled"):
         Settings(recovery="magic")
     with pytest.raises(InputError, match="score_images is 0"):

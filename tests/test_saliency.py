@@ -66,20 +66,36 @@ def _gradients(model: nn.Module, batch: Batch, *parameters: Tensor) -> tuple[Ten
     return torch.autograd.grad(F.cross_entropy(model(batch[0]), batch[1]), parameters)
 
 
-def test_taylor_on_batch_norm_by_hand() -> None:
+def amounts(changes: Tensor, method: str) -> Tensor:
+    """What a change of the loss counts for."""
+    return (changes.abs() if method == "taylor" else changes.square()).detach()
+
+
+@pytest.mark.parametrize("method", ["taylor", "fisher"])
+def test_scores_on_batch_norm_by_hand(method: str) -> None:
     model, data = make(), batches(3)
     groups = find_groups(trace(model, data[0][0]))
-    found = score(groups, data, F.cross_entropy)
+    found = score(groups, data, F.cross_entropy, method)
     gamma, beta = model.norm.weight, model.norm.bias
     expected = torch.zeros(8, dtype=torch.float64)
     for batch in data:
         dgamma, dbeta = _gradients(model, batch, gamma, beta)
-        expected += (gamma * dgamma + beta * dbeta).abs().detach() / len(data)
+        expected += amounts(gamma * dgamma + beta * dbeta, method) / len(data)
     np.testing.assert_allclose(by_name(groups, found)["conv"], expected.numpy(), rtol=1e-9)
-    assert (found.method, found.data_free) == ("taylor", False)
+    assert (found.method, found.data_free) == (method, False)
 
 
-def test_taylor_of_coupled_layers_sums_before_it_takes_the_absolute_value() -> None:
+def test_data_are_scored_by_fisher_where_nothing_is_said() -> None:
+    model, data = make(), batches(3)
+    groups = find_groups(trace(model, data[0][0]))
+    found, named = (score(groups, data, F.cross_entropy, m) for m in (None, "fisher"))
+    assert found.method == "fisher"
+    for one, two in zip(found.scores, named.scores, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("method", ["taylor", "fisher"])
+def test_changes_of_coupled_layers_are_summed_before_they_are_made_positive(method: str) -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -95,25 +111,27 @@ def test_taylor_of_coupled_layers_sums_before_it_takes_the_absolute_value() -> N
     model = oracle.randomize(Residual()).double().eval()
     data = batches(2)
     groups = find_groups(trace(model, data[0][0]))
-    (scores,) = score(groups, data, F.cross_entropy).scores
+    (scores,) = score(groups, data, F.cross_entropy, method).scores
     parameters = (model.na.weight, model.na.bias, model.nb.weight, model.nb.bias)
     expected = torch.zeros(6, dtype=torch.float64)
     for batch in data:
         products = [
             p * g for p, g in zip(parameters, _gradients(model, batch, *parameters), strict=True)
         ]
-        expected += torch.stack(products).sum(0).abs().detach() / len(data)
+        expected += amounts(torch.stack(products).sum(0), method) / len(data)
     np.testing.assert_allclose(scores, expected.numpy(), rtol=1e-9)
 
 
-def test_taylor_without_batch_norm_uses_the_filters() -> None:
+@pytest.mark.parametrize("method", ["taylor", "fisher"])
+def test_scores_without_batch_norm_use_the_filters(method: str) -> None:
     model, data = make(norm=False), batches(2)
     groups = find_groups(trace(model, data[0][0]))
-    found = score(groups, data, F.cross_entropy)
+    found = score(groups, data, F.cross_entropy, method)
     expected = torch.zeros(8, dtype=torch.float64)
     for batch in data:
         (gradient,) = _gradients(model, batch, model.conv.weight)
-        expected += (model.conv.weight * gradient).sum((1, 2, 3)).abs().detach() / len(data)
+        change = (model.conv.weight * gradient).sum((1, 2, 3))
+        expected += amounts(change, method) / len(data)
     np.testing.assert_allclose(by_name(groups, found)["conv"], expected.numpy(), rtol=1e-9)
 
 
@@ -122,7 +140,7 @@ def test_batch_norm_without_affine_falls_back_to_the_filters() -> None:
     model.norm = nn.BatchNorm2d(8, affine=False).double().eval()
     data = batches(1)
     groups = find_groups(trace(model, data[0][0]))
-    found = score(groups, data, F.cross_entropy)
+    found = score(groups, data, F.cross_entropy, "taylor")
     (gradient,) = _gradients(model, data[0], model.conv.weight)
     expected = (model.conv.weight * gradient).sum((1, 2, 3)).abs().detach()
     np.testing.assert_allclose(by_name(groups, found)["conv"], expected.numpy(), rtol=1e-9)
@@ -180,7 +198,7 @@ def test_data_may_be_a_generator_and_inputs_a_tuple() -> None:
         groups, data(), F.cross_entropy, progress=lambda done, total: seen.append((done, total))
     )
     assert seen == [(1, 1), (2, 2)]
-    assert found.method == "taylor"
+    assert found.method == "fisher"
 
 
 def test_magnitude_by_hand() -> None:
@@ -243,7 +261,8 @@ def test_dead_groups_are_refused_small_ones_are_not() -> None:
     [
         ({"data": []}, "data was given without loss"),
         ({"method": "taylor"}, "needs data and loss"),
-        ({"method": "fisher"}, "'fisher' is not known"),
+        ({"method": "fisher"}, "needs data and loss"),
+        ({"method": "entropy"}, "'entropy' is not known: pass 'fisher', 'taylor', 'magnitude'"),
         ({"data": [], "loss": F.cross_entropy}, "data has no batches"),
         ({"data": ["a"], "loss": F.cross_entropy}, "must be a pair .inputs, target., not str"),
         ({"data": [(1, 2, 3)], "loss": F.cross_entropy}, "must be a pair"),

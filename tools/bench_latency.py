@@ -244,9 +244,9 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def _latency(
-    models: Annotated[str, typer.Option("--models", help="Of torchvision, comma-separated.")] = (
-        DEFAULT_MODELS
-    ),
+    models: Annotated[
+        str, typer.Option("--models", help="Of torchvision where no other source is named.")
+    ] = (DEFAULT_MODELS),
     backends: Annotated[
         str, typer.Option("--backends", help="Of onnxruntime and torch.")
     ] = "onnxruntime,torch",
@@ -265,7 +265,7 @@ def _latency(
     rows = []
     with progress_bars() as progress:
         for backend in (_backend(name.strip(), threads) for name in backends.split(",")):
-            for name in (f"torchvision:{m.strip()}" for m in models.split(",")):
+            for name in (_full_name(m.strip()) for m in models.split(",")):
 
                 def tell(stage: str, done: int, total: int, name: str = name) -> None:
                     progress(f"{stage} {name.partition(':')[2]}", done, total)
@@ -277,6 +277,10 @@ def _latency(
                 write_rows(rows, output / "latency.csv")
     out().print(rows_table("whole = offset + scale x kernels + rate x weights", rows))
     err().print(f"wrote {escape(str(output / 'latency.csv'))}")
+
+
+def _full_name(model: str) -> str:
+    return model if ":" in model else f"torchvision:{model}"
 
 
 def _peers(

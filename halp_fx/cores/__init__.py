@@ -7,7 +7,7 @@ from halp_fx.cores.calls import Call, capture
 from halp_fx.cores.outside import split_ms
 from halp_fx.cores.pipeline import Compile, prune_parts, with_outside
 from halp_fx.cores.put_back import core_of, put_back
-from halp_fx.cores.whole import taylor_of_whole
+from halp_fx.cores.whole import scores_of_whole
 
 __all__ = [
     "Call",
@@ -18,8 +18,8 @@ __all__ = [
     "core_of",
     "prune_parts",
     "put_back",
+    "scores_of_whole",
     "side_by_side",
     "split_ms",
-    "taylor_of_whole",
     "with_outside",
 ]

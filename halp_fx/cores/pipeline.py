@@ -13,7 +13,7 @@ from halp_fx.cores.assembly import Flow, assemble
 from halp_fx.cores.calls import Call
 from halp_fx.cores.outside import split_ms
 from halp_fx.cores.put_back import put_back
-from halp_fx.cores.whole import taylor_of_whole
+from halp_fx.cores.whole import scores_of_whole
 from halp_fx.errors import InputError
 from halp_fx.latency import Stored, resolve_backend
 from halp_fx.types import Plan
@@ -43,17 +43,17 @@ def prune_parts(
         compile: `halp_fx.compile`.
         flow: how tensors go from part to part.
         inputs: what `flow` takes.
-        scored: the model as it is run on `data` for the Taylor saliency; None: `model`.
+        scored: the model as it is run on `data` for the saliency; None: `model`.
         options: further options of `halp_fx.compile`.
 
     Raises:
         InputError: as `halp_fx.compile`; or `candidates` is not 1.
     """
-    refuse_candidates(options)
+    refuse_trials(options)
     if data is not None and loss is None:
         raise InputError("data was given without loss: pass loss=callable(output, target)")
-    if data is not None and loss is not None and saliency in (None, "taylor"):
-        saliency = taylor_of_whole(model if scored is None else scored, data, loss)
+    if data is not None and loss is not None and saliency in (None, "fisher", "taylor"):
+        saliency = scores_of_whole(model if scored is None else scored, data, loss, saliency)
     core = compile(
         assemble(model, calls, flow, len(inputs)), budget, inputs,
         data=data, loss=loss, saliency=saliency, **options,
@@ -61,8 +61,13 @@ def prune_parts(
     return put_back(model, calls, core)
 
 
-def refuse_candidates(options: Mapping[str, Any]) -> None:
-    """A plan can't be tried on data by the core alone."""
+def refuse_trials(options: Mapping[str, Any]) -> None:
+    """Neither a plan nor a step can be tried on data by the core alone."""
+    if options.get("steps", 1) != 1:
+        raise InputError(
+            f"steps={options['steps']!r} is not known for the core of a model, which can't be run "
+            "on data alone: leave it out"
+        )
     if options.get("candidates", 1) != 1:
         raise InputError(
             f"candidates={options['candidates']!r} is not known for the core of a model, which "

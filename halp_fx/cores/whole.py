@@ -1,4 +1,4 @@
-"""Taylor saliency of a core from the loss of the whole model."""
+"""Saliency of a core from the loss of the whole model."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ from torch import nn
 from halp_fx.passes.saliency import score
 from halp_fx.types import ChannelGroups, FloatArray
 
-__all__ = ["taylor_of_whole"]
+__all__ = ["scores_of_whole"]
 
 
-def taylor_of_whole(
-    model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Any]
+def scores_of_whole(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Callable[[Any, Any], Any],
+    method: str | None = None,
 ) -> Callable[[ChannelGroups], list[FloatArray]]:
-    """A saliency for `halp_fx.compile`: the Taylor score, the core being run within `model`.
+    """A saliency for `halp_fx.compile`: scores by gradients, the core being run within `model`.
 
     Args:
         data: minibatches `(inputs, target)` of the whole model.
         loss: `loss(output, target)` of the whole model's output.
+        method: "fisher" or "taylor", as for `halp_fx.passes.saliency.score`; None: "fisher".
     """
 
-    def taylor(groups: ChannelGroups) -> list[FloatArray]:
+    def scores(groups: ChannelGroups) -> list[FloatArray]:
         whole: Any = model  # has the tensors of the graph under the same names
         traced = replace(groups.traced, module=whole)
-        return list(score(replace(groups, traced=traced), data, loss).scores)
+        return list(score(replace(groups, traced=traced), data, loss, method).scores)
 
-    return taylor
+    scores.__name__ = method or "fisher"  # for the report
+    return scores

@@ -16,6 +16,7 @@ __all__ = [
     "check_count",
     "check_forward",
     "check_model",
+    "check_saliency",
     "check_scale",
     "check_smoothing",
     "listed",
@@ -41,6 +42,15 @@ def check_smoothing(smoothing: Any) -> None:
     """Whether it is the weight of the past, or None."""
     if smoothing is not None and not (_is_number(smoothing) and 0 <= smoothing < 1):
         raise InputError(f"smoothing is {smoothing!r}: pass None or a number from 0 to below 1")
+
+
+def check_saliency(saliency: Any) -> None:
+    """Whether it is a score that gradients give."""
+    if saliency not in ("fisher", "taylor"):
+        raise InputError(
+            f"saliency is {saliency!r}: pass 'fisher' or 'taylor', which are taken from the "
+            "gradients of the training loop"
+        )
 
 
 def check_scale(scale: Any) -> float:

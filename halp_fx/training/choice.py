@@ -18,7 +18,6 @@ from halp_fx.passes.rules.plan import kept_indices
 from halp_fx.passes.rules.widths import GroupWidths, Widths
 from halp_fx.passes.select import select
 from halp_fx.training.schedule import Schedule, limit_at
-from halp_fx.training.scores import alive_groups
 from halp_fx.types import ChannelGroups, IntArray, LatencyModel, Plan, Saliency
 
 __all__ = ["Chooser", "plan_from_text", "plan_to_text"]
@@ -97,21 +96,13 @@ class Chooser:
             name: limit_at(self.schedule, milestone, self.steps, dense=dense, target=target)
             for name, dense, target in self._further()
         }
-        own = tuple(
-            # The least share is one of the dense width, however few units are left.
-            GroupWidths(0.0, max(w.min_width, _least(g.units, w.min_share) * g.width), w.round_to)
-            for g, w in zip(self.groups.groups, self.widths, strict=True)
-        )
-        left = alive_groups(self.groups, alive)
         plan = select(
-            left, saliency, self.costs, budget_ms, solver=self.solver, limits=limits,
-            drop_blocks=self.drop_blocks, allowed=_Resolved(own=own),
+            self.groups, _of_all(self.groups, alive, saliency), self.costs, budget_ms,
+            solver=self.solver, limits=limits, drop_blocks=self.drop_blocks,
+            allowed=_Resolved(own=self.widths), among=alive,
         )  # fmt: skip
-        units = tuple(all_[kept] for all_, kept in zip(alive, plan.units, strict=True))
         report = {
             **plan.report,
-            "params": self._counted("params", units),
-            "macs": self._counted("macs", units),
             "model": self.groups.traced.model_name,
             "saliency": saliency.method,
             "data_free": saliency.data_free,
@@ -120,10 +111,7 @@ class Chooser:
             "milestone": milestone,
             "milestones": self.steps,
         }
-        return replace(
-            plan, units=units, kept=kept_indices(self.groups, units), groups=self.groups,
-            report=report,
-        )  # fmt: skip
+        return replace(plan, report=report)
 
     def _further(self) -> list[tuple[str, float, float]]:
         """(name, dense count, limit) of what is limited besides the latency."""
@@ -136,11 +124,6 @@ class Chooser:
         }
         limits = self.budget.counts(counts["params"], counts["macs"])
         return [(name, counts[name], limit) for name, limit in limits.items()]
-
-    def _counted(self, name: str, units: Sequence[IntArray]) -> dict[str, int]:
-        counts = (parameter_counts if name == "params" else mac_counts)(self.groups)
-        kept = [len(u) for u in units]
-        return {"dense": total(counts, self.groups.dense_units), "pruned": total(counts, kept)}
 
     def _verified(
         self, plan: Plan, milestone: int, alive: Sequence[IntArray], saliency: Saliency
@@ -176,8 +159,12 @@ class Chooser:
         return plan
 
 
-def _least(units: int, share: float) -> int:
-    return int(np.ceil(share * units - 1e-9))
+def _of_all(groups: ChannelGroups, alive: Sequence[IntArray], saliency: Saliency) -> Saliency:
+    """Scores of the units alive as scores of all units."""
+    scores = tuple(np.zeros(n) for n in groups.dense_units)
+    for full, own, score in zip(scores, alive, saliency.scores, strict=True):
+        full[own] = score
+    return replace(saliency, scores=scores)
 
 
 def plan_to_text(plan: Plan) -> str:

@@ -21,6 +21,7 @@ from halp_fx.training.arguments import (
     check_count,
     check_forward,
     check_model,
+    check_saliency,
     check_scale,
     check_smoothing,
     listed,
@@ -31,7 +32,7 @@ from halp_fx.training.dense import Dense
 from halp_fx.training.masking import Mask, complement
 from halp_fx.training.processes import agreed, check_same
 from halp_fx.training.schedule import Schedule, check_schedule
-from halp_fx.training.scores import TaylorScores
+from halp_fx.training.scores import GradientScores
 from halp_fx.training.state import check_state, same_random_state, same_widths
 from halp_fx.training.surgery import (
     adopt,
@@ -67,6 +68,8 @@ class GradualPruner:
         soft: before the last milestone, channels are not cut but masked, and may come back: the
             weights that read them are zero whenever the network runs, and trained on aside. All
             is cut at the last.
+        saliency: "fisher", mean squares of the first-order change of the loss, or "taylor", HALP's
+            mean absolute values.
         smoothing: None averages the scores of all minibatches since the last milestone; 0.9 is
             a moving average over minibatches in which the past weighs 0.9.
         wrap: what to put around the network, called after each cut: `lambda net: DDP(net, ...)`.
@@ -112,6 +115,7 @@ class GradualPruner:
         min_width: int | Mapping[str, int] = 0,
         round_to: int | Mapping[str, int] | None = None,
         soft: bool = False,
+        saliency: str = "fisher",
         smoothing: float | None = None,
         verify: bool = True,
         wrap: Wrap | None = None,
@@ -120,6 +124,7 @@ class GradualPruner:
         check_count("steps", steps)
         check_count("every", every)
         check_smoothing(smoothing)
+        check_saliency(saliency)
         check_schedule(schedule, steps)
         limit = parse_budget(budget)
         check_solver(solver, limit.further)
@@ -135,6 +140,7 @@ class GradualPruner:
         self._scored = False  # whether this optimiser step's gradients were taken in
         self._settings = {
             "budget": str(limit), "steps": steps, "every": every, "soft": soft, "solver": solver,
+            "saliency": saliency,
             "smoothing": smoothing, "schedule": schedule if isinstance(schedule, str) else "own",
         }  # fmt: skip
         with same_random_state():
@@ -158,7 +164,7 @@ class GradualPruner:
             agreed(prepare, device)
             self._built = self._chosen = self._dense.whole()
             self.network: fx.GraphModule = self._dense.build(self._built)
-            self._scores = TaylorScores(groups, smoothing)
+            self._scores = GradientScores(groups, saliency, smoothing)
             self._scores.follow(self.network, self._built.units, self._built.kept)
             self._mask = Mask(groups)
             self.model: nn.Module = self._wrapped()

@@ -1,4 +1,4 @@
-"""Taylor scores from the gradients that a training loop computes anyway."""
+"""Scores from the gradients that a training loop computes anyway."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from halp_fx.passes.saliency import score
 from halp_fx.training.processes import sum_up
 from halp_fx.types import ChannelGroups, FloatArray, Group, IntArray, Member, Saliency
 
-__all__ = ["TaylorScores", "alive_groups"]
+__all__ = ["GradientScores", "alive_groups"]
 
 _Kept = Mapping[str, tuple[torch.Tensor | None, ...]]
 
@@ -30,22 +30,23 @@ class _Part:
     index: torch.Tensor  # (units alive, width) int64: positions along `dim`
 
 
-class TaylorScores:
+class GradientScores:
     """Scores of all units, gathered minibatch by minibatch.
 
-    A minibatch's score is HALP's first-order Taylor score (NeurIPS 2022, section 3.1),
-    `|sum over the coupled layers of gamma * dgamma + beta * dbeta|`, of the gradients as they
-    are; groups without batch norm use `|sum of W * dW|` over the filters that make the channel.
-    Minibatches with scores that are not finite are skipped, group by group.
+    A minibatch's score is that of `halp_fx.passes.saliency.score`: the square ("fisher") or the
+    absolute value ("taylor", HALP's) of the first-order change of the loss, by the gradients as
+    they are. Minibatches with scores that are not finite are skipped, group by group.
 
     Args:
         groups: of the dense network.
+        method: "fisher" or "taylor".
         smoothing: None averages the minibatches since the last choice; a number from 0 to below
             1 is the weight of the past in a moving average that goes on over choices.
     """
 
-    def __init__(self, groups: ChannelGroups, smoothing: float | None) -> None:
+    def __init__(self, groups: ChannelGroups, method: str, smoothing: float | None) -> None:
         self.groups = groups
+        self.method = method
         self.smoothing = smoothing
         self._sources = [_scored_members(groups, g) for g in groups.groups]
         self._parts: list[list[_Part]] = []
@@ -95,8 +96,8 @@ class TaylorScores:
         for parts, alive, total, weight in each:
             if not parts:
                 continue
-            value = torch.stack([_products(part) for part in parts]).sum(0).abs()
-            value = value / scale
+            value = torch.stack([_products(part) for part in parts]).sum(0) / scale
+            value = value.abs() if self.method == "taylor" else value.square()
             # No branch on the values: that would wait for the device in every step.
             fine = torch.isfinite(value).all()
             new = total.index_select(0, alive) * keep + value * gain
@@ -138,7 +139,7 @@ class TaylorScores:
         for group, own, parts, total, weight in each:
             if len(own) and parts and not float(weight):
                 raise SaliencyError(
-                    f"the Taylor saliency of group {group.name!r} is not finite in any of "
+                    f"the saliency of group {group.name!r} is not finite in any of "
                     f"{self.batches} minibatches: check the loss for NaN or infinity"
                 )
             scores.append(total.cpu().double().numpy()[own] / max(float(weight), 1e-300))
@@ -151,10 +152,11 @@ class TaylorScores:
         return self._scored(scores, units)
 
     def _scored(self, scores: list[FloatArray], units: Sequence[IntArray]) -> Saliency:
-        def taylor(_: ChannelGroups) -> list[FloatArray]:
+        def given(_: ChannelGroups) -> list[FloatArray]:
             return scores
 
-        return replace(score(alive_groups(self.groups, units), method=taylor), data_free=False)
+        found = score(alive_groups(self.groups, units), method=given)
+        return replace(found, method=self.method, data_free=False)
 
     def _recall(
         self,

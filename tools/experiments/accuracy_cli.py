@@ -51,6 +51,14 @@ ChooseOption = Annotated[
 TestOption = Annotated[
     int | None, typer.Option("--test-images", min=1, help="Default: all.", show_default=False)
 ]
+OnOption = Annotated[
+    str,
+    typer.Option(
+        "--on",
+        help="test, or choose: the kept training images, so that a method can be worked on without "
+        "looking at the test images.",
+    ),
+]
 RecoveryOption = Annotated[
     str,
     typer.Option("--recovery", help="plain, or distilled: the dense network teaches the pruned."),
@@ -195,6 +203,7 @@ def _cifar(
     score_images: ScoreOption = 1024,
     choose_images: ChooseOption = 1000,
     test_images: TestOption = None,
+    on: OnOption = "test",
     recovery: RecoveryOption = "plain",
     alpha: AlphaOption = 0.9,
     latency_batch: LatencyBatchOption = 1,
@@ -215,7 +224,7 @@ def _cifar(
     plan = _plan(networks, cifar.NETWORKS, methods, budgets, seeds)
     settings = Settings(
         tune_images=tune_images, rate=rate, batch=batch, score_images=score_images,
-        choose_images=choose_images, test_images=test_images, recovery=recovery, alpha=alpha,
+        choose_images=choose_images, test_images=test_images, on=on, recovery=recovery, alpha=alpha,
     )  # fmt: skip
     folder = data_folder(data)
     parts: dict[str, Images] = {}
@@ -245,6 +254,7 @@ def _imagenet(
     score_images: ScoreOption = 256,
     choose_images: ChooseOption = 400,
     test_images: TestOption = None,
+    on: OnOption = "test",
     recovery: RecoveryOption = "distilled",
     alpha: AlphaOption = 1.0,
     pixels: Annotated[int, typer.Option("--pixels", min=32, help="Side of the images.")] = 224,
@@ -266,7 +276,7 @@ def _imagenet(
     plan = _plan(networks, imagenet.NETWORKS, methods, budgets, seeds)
     settings = Settings(
         tune_images=tune_images, rate=rate, batch=batch, score_images=score_images,
-        recalibrate_images=512, choose_images=choose_images, test_images=test_images,
+        recalibrate_images=512, choose_images=choose_images, test_images=test_images, on=on,
         recovery=recovery, alpha=alpha, shift=16, pixels=pixels,
     )  # fmt: skip
     folder = data_folder(data)

@@ -46,7 +46,7 @@ class Method:
 Data = Callable[[Task, int], Mapping[str, Any]]  # task, seed -> arguments of halp_fx.compile
 
 
-def _taylor(task: Task, seed: int) -> Mapping[str, Any]:
+def _by_data(task: Task, seed: int) -> Mapping[str, Any]:
     return {"data": task.scoring(seed), "loss": task.loss}
 
 
@@ -56,6 +56,10 @@ def _augmented(task: Task, seed: int) -> Mapping[str, Any]:
 
 def _small_batches(task: Task, seed: int) -> Mapping[str, Any]:
     return {"data": task.scoring(seed, batch=8), "loss": task.loss}
+
+
+def _halp_taylor(task: Task, seed: int) -> Mapping[str, Any]:
+    return {**_by_data(task, seed), "saliency": "taylor"}
 
 
 def _magnitude(task: Task, seed: int) -> Mapping[str, Any]:
@@ -80,7 +84,7 @@ def _ours(
     budget: float,
     seed: int,
     *,
-    data: Data = _taylor,
+    data: Data = _by_data,
     seeded: bool = True,
     widths: tuple[int | None, ...] = (None,),
     **options: Any,
@@ -150,7 +154,8 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         _method("joint", "joint"),
-        _method("halp", "HALP", solver="halp"),
+        _method("joint-steps", "joint, five steps", steps=5),
+        _method("halp", "HALP", data=_halp_taylor, solver="halp"),
         _method(
             "uniform",
             "uniform, L1",
@@ -164,8 +169,10 @@ METHODS: dict[str, Method] = {
         _peer("tp-taylor-local", "Torch-Pruning, Taylor, local", "taylor", False),
         _peer("tp-taylor-global", "Torch-Pruning, Taylor, global", "taylor", True),
         # The value of each part.
+        _method("joint-taylor", "joint, HALP's scores", data=_halp_taylor),
+        _method("halp-fisher", "HALP, our scores", solver="halp"),
         _method("greedy", "greedy on true costs", solver="greedy"),
-        _method("uniform-taylor", "uniform, Taylor", solver="uniform", widths=(None, 1, 4, 8)),
+        _method("uniform-fisher", "uniform, our scores", solver="uniform", widths=(None, 1, 4, 8)),
         _method("joint-magnitude", "joint, without data", data=_magnitude, seeded=False),
         _method("joint-keep-blocks", "joint, no block dropped", drop_blocks=False),
         _method("joint-candidates", "joint, 8 candidates", candidates=8),
@@ -174,12 +181,6 @@ METHODS: dict[str, Method] = {
         Method("joint-plain", "joint, not distilled", _ours, recovery="plain"),
         # How saliencies of different groups compare, and how much of a group may go.
         _method("joint-normalised", "joint, group means 1", data=_rescaled(scores.normalised)),
-        _method("joint-squared", "joint, squared Taylor", data=_rescaled(scores.squared)),
-        _method(
-            "joint-squared-8",
-            "joint, squared Taylor by eights",
-            data=_rescaled(scores.squared, 8),
-        ),
         _method("joint-measured", "joint, loss of each group", data=_rescaled(scores.measured)),
         _method("joint-small-batches", "joint, scored by eights", data=_small_batches),
         _method("joint-augmented", "joint, scored on crops", data=_augmented),
@@ -191,9 +192,9 @@ METHODS: dict[str, Method] = {
 
 _NAMES = list(METHODS)
 SETS: dict[str, tuple[str, ...]] = {
-    "main": tuple(_NAMES[:7]),
-    "parts": ("joint", "halp", *_NAMES[7:15]),
-    "scores": ("joint", *_NAMES[15:]),
+    "main": tuple(_NAMES[:8]),
+    "parts": ("joint", "halp", *_NAMES[8:18]),
+    "scores": ("joint", *_NAMES[18:]),
 }
 
 

@@ -107,8 +107,7 @@ def _made(task: Task, method: Method, budget: float, seed: int, base: Record) ->
     candidate = task.once(key, lambda: method.prune(task, budget, seed))
     dense_ms, pruned_ms = task.measured(candidate.network)
     network = deepcopy(candidate.network).to(task.device)
-    images = task.test if task.settings.test_images is None else task.test.sample(
-        task.settings.test_images, 0)  # fmt: skip
+    images = task.tested()
     before: np.ndarray[Any, Any] | None = None
     if candidate.recalibrate:
         task.recalibrate(network, seed)

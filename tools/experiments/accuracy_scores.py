@@ -1,4 +1,4 @@
-"""Scores to compare with the default: filter norms, and Taylor scores on other scales.
+"""Scores to compare with the default: filter norms, and scores by data on other scales.
 
 A sum of saliencies says which channel of a group matters more; how much a channel of one group
 matters against one of another is what it knows least about. These scores differ in that.
@@ -21,7 +21,7 @@ from halp_fx.passes.rules.structure import named_tensors
 from halp_fx.passes.saliency import score
 from halp_fx.types import ChannelGroups, IntArray, Plan
 
-__all__ = ["filter_l1", "measured", "normalised", "squared"]
+__all__ = ["filter_l1", "measured", "normalised"]
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 Scores: TypeAlias = Callable[[ChannelGroups], list[FloatArray]]
@@ -47,7 +47,7 @@ def filter_l1(groups: ChannelGroups) -> list[FloatArray]:
 
 
 def normalised(data: Iterable[Any], loss: Loss) -> Scores:
-    """Taylor scores relative to the mean of their group, so that all groups count alike."""
+    """Scores by data relative to the mean of their group, so that all groups count alike."""
 
     def scores(groups: ChannelGroups) -> list[FloatArray]:
         raw = score(groups, data, loss).scores
@@ -56,21 +56,8 @@ def normalised(data: Iterable[Any], loss: Loss) -> Scores:
     return scores
 
 
-def squared(data: Iterable[Any], loss: Loss) -> Scores:
-    """Means over minibatches of squared Taylor scores (Molchanov et al., CVPR 2019, equation 8)."""
-
-    def scores(groups: ChannelGroups) -> list[FloatArray]:
-        total = [np.zeros(n) for n in groups.dense_units]
-        for batch in data:
-            for own, part in zip(total, score(groups, [batch], loss).scores, strict=True):
-                own += part**2
-        return total
-
-    return scores
-
-
 def measured(data: Sequence[Any], loss: Loss, shares: Sequence[float] = _SHARES) -> Scores:
-    """Taylor scores rank the units of a group; what they are worth together is measured.
+    """Scores by data rank the units of a group; what they are worth together is measured.
 
     Each group in turn is cut to some shares of its units, the batch norms are recalibrated, and
     the rise of the loss is taken. Units between two shares divide the rise between them evenly;

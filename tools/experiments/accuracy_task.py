@@ -24,6 +24,7 @@ __all__ = ["Candidate", "Settings", "Task", "Variant", "searched", "to_latency"]
 T = TypeVar("T")
 
 RECOVERIES = ("plain", "distilled")
+IMAGES = ("test", "choose")
 _OVER = 0.02  # by how much a measured latency may pass the budget: repeatability of timers
 _UNDER = 0.02  # a network so little below the budget is near enough
 _NEAR = 0.15  # a latency so near to the budget is worth more measuring
@@ -42,6 +43,7 @@ class Settings:
     recalibrate_images: int = 2048
     choose_images: int = 1000  # of those kept for choosing between the variants of a method
     test_images: int | None = None  # None: all
+    on: str = "test"  # or "choose": the kept training images, to compare methods in development
     recovery: str = "plain"  # or "distilled": from the dense network, see `halp_fx.training`
     alpha: float = 0.9  # share of the dense network in "distilled"
     shift: int = 4  # pixels by which images are shifted in training; they are mirrored too
@@ -51,6 +53,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.recovery not in RECOVERIES:
             raise InputError(f"recovery is {self.recovery!r}: pass one of {', '.join(RECOVERIES)}")
+        if self.on not in IMAGES:
+            raise InputError(f"on is {self.on!r}: pass one of {', '.join(IMAGES)}")
         for name in ("batch", "score_images", "recalibrate_images", "choose_images", "tries"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: pass at least 1")
@@ -115,6 +119,12 @@ class Task:
         images = self.train.sample(self.settings.score_images, seed)
         size = batch if batch is not None else self.settings.batch
         return list(Batches(images, size, seed if shift else None, shift=shift))
+
+    def tested(self) -> Images:
+        """The images that accuracies are reported on."""
+        images = self.test if self.settings.on == "test" else self.choose
+        count = self.settings.test_images
+        return images if count is None else images.sample(count, 0)
 
     def recalibrate(self, network: nn.Module, seed: int) -> None:
         """Batch norm statistics afresh from training images, the same for all methods."""

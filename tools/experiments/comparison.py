@@ -32,7 +32,7 @@ METHODS: dict[str, Mapping[str, Any]] = {
     "joint": {"solver": "joint"},
     "uniform": {"solver": "uniform"},  # the same scores, but the same share of each group stays
     "uniform-l1": {"solver": "uniform", "saliency": "magnitude"},
-    "halp": {"solver": "halp"},
+    "halp": {"solver": "halp", "saliency": "taylor"},
 }
 # A uniform share of wide steps may end far below the budget, one of narrow steps has widths that
 # run slowly: the best of these is taken, so that it is not held to be worse than it is.
@@ -216,7 +216,7 @@ class _Run:
 
     def _pruned(self) -> nn.Module:
         options = dict(METHODS[self.method])
-        if "saliency" not in options:
+        if options.get("saliency") != "magnitude":
             options["data"] = self.task.calm(self.seed, self.settings.score_batches)
             options |= self.task.scoring()
         network = self._best([{**options, "round_to": r} for r in self._roundings(options)])

@@ -1,0 +1,198 @@
+"""Pruning in steps: scores of what is left, budgets on the way, what is refused."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import halp_fx
+from halp_fx.errors import InputError
+from halp_fx.passes.groups import find_groups
+from halp_fx.passes.rewrite import rewrite
+from halp_fx.passes.rules.plan import kept_indices
+from halp_fx.passes.saliency import score_survivors
+from halp_fx.passes.trace import trace
+from halp_fx.pipeline import prepare
+from halp_fx.stepwise import narrowed, target_at
+from halp_fx.types import Plan
+from tests import oracle
+
+__all__: list[str] = []
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.inner, self.inorm = nn.Conv2d(16, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
+        self.outer, self.onorm = nn.Conv2d(24, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.last = nn.Conv2d(16, 20, 1)
+        self.fc = nn.Linear(20, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(x + self.onorm(self.outer(F.relu(self.inorm(self.inner(x))))))
+        return self.fc(F.relu(self.last(x)).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return oracle.randomize(Residual()).double().eval()
+
+
+def batches(count: int = 3) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(8, 3, 8, 8, generator=generator, dtype=torch.float64),
+            torch.randint(0, 4, (8,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def image() -> Tensor:
+    return torch.randn(2, 3, 8, 8, dtype=torch.float64)
+
+
+def options(**further: Any) -> dict[str, Any]:
+    return {"data": batches(), "loss": F.cross_entropy, "latency": "analytic", **further}
+
+
+def _plan(model: nn.Module, drop: bool = False) -> Plan:
+    """Every third unit is gone, and the residual branch too if `drop`."""
+    groups = find_groups(trace(model, image()))
+    branch = {g for b in groups.branches for g in b.groups} if drop else set()
+    units = tuple(
+        np.arange(0 if i in branch else g.units, dtype=np.int64)[
+            np.arange(0 if i in branch else g.units) % 3 > 0
+        ]
+        for i, g in enumerate(groups.groups)
+    )
+    return Plan(
+        kept=kept_indices(groups, units), units=units, dense_ms=1.0, predicted_ms=1.0,
+        budget_ms=1.0, gap=0.0, value=0.0, dense_value=0.0, solver="", groups=groups,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("method", ["fisher", "taylor"])
+def test_survivors_are_scored_as_in_the_masked_dense_network(
+    model: nn.Module, method: str, drop: bool
+) -> None:
+    plan, data = _plan(model, drop), batches()
+    found = score_survivors(rewrite(plan).eval(), plan, data, F.cross_entropy, method)
+    assert (found.method, found.data_free) == (method, False)
+    masked = oracle.masked_dense(model, plan.kept).eval()
+    parameters = dict(masked.named_parameters())
+    norms = {"stem": ["norm"] if drop else ["norm", "onorm"]}
+    if not drop:
+        norms["inner"] = ["inorm"]
+    names = [g.name for g in plan.groups.groups]
+    for name, own in norms.items():
+        tensors = [parameters[f"{n}.{leaf}"] for n in own for leaf in ("weight", "bias")]
+        expected = torch.zeros(len(tensors[0]), dtype=torch.float64)
+        for inputs, target in data:
+            slopes = torch.autograd.grad(F.cross_entropy(masked(inputs), target), tensors)
+            change = torch.stack([t * s for t, s in zip(tensors, slopes, strict=True)]).sum(0)
+            expected += (change.abs() if method == "taylor" else change**2) / len(data)
+        units = plan.units[names.index(name)]
+        scores = found.scores[names.index(name)]
+        np.testing.assert_allclose(scores[units], expected.detach()[units], rtol=1e-8)
+        assert len(scores) == len(expected) and not np.delete(scores, units).any()
+    if drop:
+        assert not found.scores[names.index("inner")].any()
+
+
+def test_steps_take_of_what_is_left_within_budgets_that_fall_exponentially(
+    model: nn.Module,
+) -> None:
+    prepared = prepare(model, image(), steps=4, **options())
+    seen: list[tuple[float, float, Plan]] = []
+
+    def choose(scores: Any, budget_ms: float, done: float, among: Any) -> Plan:
+        limit = halp_fx.Budget(share=0.4)
+        plan = prepared._chooser(limit, done, among)(
+            prepared.groups, scores, prepared.costs, budget_ms
+        )
+        seen.append((done, budget_ms, plan))
+        return plan
+
+    dense = prepared.costs.dense_ms
+    left, scores = narrowed(
+        4, prepared.groups, prepared.scores, prepared.costs, 0.4 * dense, choose,
+        batches(), F.cross_entropy, lambda done, total: None,
+    )  # fmt: skip
+    assert [done for done, *_ in seen] == [0.25, 0.5, 0.75]
+    for done, budget_ms, plan in seen:
+        assert budget_ms == pytest.approx(dense * 0.4**done)
+        assert plan.predicted_ms <= budget_ms
+    for (*_, before), (*_, after) in itertools.pairwise(seen):
+        assert all(
+            np.isin(own, old).all() for own, old in zip(after.units, before.units, strict=True)
+        )
+    assert all(np.array_equal(a, b) for a, b in zip(left, seen[-1][2].units, strict=True))
+    for units, own in zip(left, scores.scores, strict=True):
+        assert not np.delete(own, units).any()
+    final = halp_fx.plan_of(prepared.prune(halp_fx.Budget(share=0.4)))
+    assert all(np.isin(own, old).all() for own, old in zip(final.units, left, strict=True))
+    assert final.predicted_ms <= 0.4 * dense
+
+
+@pytest.mark.parametrize("limits", [{}, {"params": 0.5}, {"macs": 0.4, "memory": 0.9}])
+def test_a_network_pruned_in_steps_is_exact_and_within_all_limits(
+    model: nn.Module, limits: dict[str, float]
+) -> None:
+    budget = halp_fx.Budget(share=0.6, **limits)
+    with oracle.snapshot(model):
+        pruned = halp_fx.compile(model, budget, image(), steps=3, **options())
+    oracle.assert_exact(model, pruned, (image(),))
+    report = halp_fx.plan_of(pruned).report
+    for name, most in limits.items():
+        assert report[name]["pruned"] <= most * report[name]["dense"]
+
+
+def test_a_budget_that_is_met_already_takes_no_steps(model: nn.Module) -> None:
+    stages: list[str] = []
+    halp_fx.compile(
+        model, 1.0, image(), steps=3,
+        progress=lambda stage, done, total: stages.append(stage), **options(),
+    )  # fmt: skip
+    assert "steps" not in stages and "select" in stages
+
+
+def test_targets() -> None:
+    assert target_at(8.0, 2.0, 0.5) == pytest.approx(4.0)
+    assert target_at(8.0, 2.0, 1.0) == pytest.approx(2.0)
+    assert target_at(8.0, 9.0, 0.5) == 9.0  # nothing to do on the way there
+
+
+def _stream() -> Iterator[Any]:
+    yield from batches()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 0}, "steps is 0: pass a whole number of at least 1"),
+        ({"steps": True}, "steps is True"),
+        ({"steps": 2.0}, "steps is 2.0"),
+        ({"steps": 2, "data": None, "loss": None}, "pass data and loss and leave saliency out"),
+        ({"steps": 2, "saliency": "magnitude"}, "leave saliency out"),
+        ({"steps": 2, "saliency": lambda groups: []}, "leave saliency out"),
+        ({"steps": 2, "data": _stream()}, "an iterator that is used up after one look"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(model: nn.Module, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        halp_fx.compile(model, 0.5, image(), **options(**given))
