@@ -88,6 +88,24 @@ class Simulated:
         return run.ms * speed * self.always * calls
 
 
+@dataclass
+class Throttled(Simulated):
+    """The clock rate falls to a third in the fifth of seven rounds; what takes 5 ms hiccups once.
+
+    So the median of the one that hiccups is of a slow round, and that of all others of a fast one.
+    """
+
+    samples: int = 7
+
+    def block_ms(self, run: Callable[[], None], calls: int) -> float:
+        assert isinstance(run, Run)
+        turn = run.sampled
+        ms = super().block_ms(run, calls)
+        if turn >= 0 and turn % self.samples >= 4:
+            ms *= 3.0
+        return ms * 10.0 if turn == 0 and run.ms == 5.0 else ms
+
+
 class Builds:
     """Jobs that count how often each is built."""
 
@@ -421,3 +439,15 @@ def test_a_backend_of_ones_own_needs_no_clock() -> None:
     assert timing.samples == 9
     assert timing.median_ms > 0
     assert not any(backend.grad_modes)
+
+
+def test_what_slows_all_for_a_while_cancels(table: LatencyTable) -> None:
+    backend = Throttled()
+    measure_jobs(Builds(8).jobs, backend, table)
+    for i in range(8):
+        timing = table.get(f"k{i}", backend.fingerprint())
+        assert timing is not None
+        assert timing.median_ms == pytest.approx(1.0 + i)
+    dense, pruned = measure_paired(Fixed(5.0), Fixed(2.0), Throttled(), (), (), rounds=7)
+    assert pruned.median_ms / dense.median_ms == pytest.approx(0.4)
+    assert pruned.spread_ms == pytest.approx(0.0)

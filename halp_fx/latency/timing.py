@@ -2,9 +2,12 @@
 
 One sample is a block of calls that takes at least a millisecond or so. Kernels are sampled in
 small batches, round-robin in random order, so that a slow moment is spread over all of them. A
-sentinel, one small convolution, is timed along with each batch; when it drifts from its running
-median, the machine was busy with something else, and the batch is measured again. Times are
-corrected by it for the slow changes of a clock rate.
+sentinel, one small convolution, is timed in each round; when it drifts from its running median,
+the machine was busy with something else, and the batch is measured again.
+
+What counts are ratios within a round, of a kernel to the sentinel or of one network to another:
+what makes a machine slower for a while cancels in them, and their median repeats several times
+better than the ratio of two medians.
 """
 
 from __future__ import annotations
@@ -142,13 +145,16 @@ def measure_paired(
 ) -> tuple[Timing, Timing]:
     """How long two networks take, sampled in turn so that both see the same machine.
 
+    The median of the second is that of the first times the median ratio of the two within a
+    round, and its spread that of the ratio.
+
     Args:
         a: the one network; left as it is.
         b: the other.
         backend: what runs them.
         inputs_a: positional arguments of a.
         inputs_b: positional arguments of b.
-        rounds: samples of each; up to four times as many while a median is uncertain by more
+        rounds: samples of each; up to four times as many while the ratio is uncertain by more
             than 2 %.
         min_sample_ms: least length of a sample; None: the back-end's own setting.
 
@@ -161,13 +167,14 @@ def measure_paired(
         probes = [_probe(backend, a, inputs_a, least), _probe(backend, b, inputs_b, least)]
         first, second = _round_robin(backend, probes, rounds, order)
         for _ in range(_MAX_PAIRED_EXTENSIONS):
-            if max(_uncertainty(first), _uncertainty(second)) <= _UNCERTAINTY:
+            if _uncertainty(_relative(second, first)) <= _UNCERTAINTY:
                 break
             for known, more in zip(
                 (first, second), _round_robin(backend, probes, rounds, order), strict=True
             ):
                 known.extend(more)
-    return _timing(first), _timing(second)
+    one = _timing(first)
+    return one, _timing([one.median_ms * ratio for ratio in _relative(second, first)])
 
 
 class _Sentinel:
@@ -205,23 +212,20 @@ def _measure_batch(
 ) -> list[Timing]:
     """Timings of a few kernels, from the attempt in which the sentinel drifted least.
 
-    A machine may be slower today than when the table was begun: times are given as if the
-    sentinel took `reference_ms` now too.
+    A machine may be slower in one round than in another, and today than when the table was begun:
+    times are given as if the sentinel took `reference_ms` in each.
     """
     if not jobs:
         return []
     probes = [_job_probe(job, backend) for job in jobs]
     best: list[list[float]] = []
-    least_drift, speed = math.inf, 1.0
+    least_drift = math.inf
     for _ in range(1 + _MAX_REDOS):
-        sampled = _round_robin(backend, [*probes, sentinel.probe], _samples(backend, None), order)
-        _settle(sampled, [*probes, sentinel.probe], backend, order)
-        ms = statistics.median(sampled.pop())
+        sampled, ms = _sampled_by(backend, probes, sentinel, order, reference_ms)
         drift = sentinel.drift(ms)
         sentinel.record(ms)
         if drift < least_drift:
             best, least_drift = sampled, drift
-            speed = reference_ms / ms if ms > 0 else 1.0
         if drift <= _MAX_DRIFT:
             break
     else:
@@ -230,20 +234,39 @@ def _measure_batch(
             "or fix the clock rate for better measurements",
             100 * least_drift,
         )
-    return [_timing([ms * speed for ms in blocks]) for blocks in best]
+    return [_timing(blocks) for blocks in best]
 
 
-def _settle(
-    sampled: list[list[float]], probes: Sequence[_Probe], backend: Backend, order: random.Random
-) -> None:
-    """Take more samples of the kernels whose median is still uncertain."""
-    for _ in range(_MAX_EXTENSIONS):
-        unsure = [k for k, blocks in enumerate(sampled) if _uncertainty(blocks) > _UNCERTAINTY]
+def _sampled_by(
+    backend: Backend,
+    probes: Sequence[_Probe],
+    sentinel: _Sentinel,
+    order: random.Random,
+    reference_ms: float,
+) -> tuple[list[list[float]], float]:
+    """Samples as if the sentinel took `reference_ms` in each round, and what it took.
+
+    Kernels whose median is still uncertain are sampled again.
+    """
+    found: list[list[float]] = [[] for _ in probes]
+    ticks: list[float] = []
+    unsure = list(range(len(probes)))
+    for _ in range(1 + _MAX_EXTENSIONS):
+        turns = [*(probes[k] for k in unsure), sentinel.probe]
+        *sampled, clock = _round_robin(backend, turns, _samples(backend, None), order)
+        ticks += clock
+        for k, blocks in zip(unsure, sampled, strict=True):
+            found[k] += [reference_ms * ratio for ratio in _relative(blocks, clock)]
+        unsure = [k for k, blocks in enumerate(found) if _uncertainty(blocks) > _UNCERTAINTY]
         if not unsure:
-            return
-        more = _round_robin(backend, [probes[k] for k in unsure], _samples(backend, None), order)
-        for k, blocks in zip(unsure, more, strict=True):
-            sampled[k].extend(blocks)
+            break
+    return found, statistics.median(ticks)
+
+
+def _relative(blocks: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Ratios within each round; rounds that a clock can't resolve are left out, unless all are."""
+    ratios = [ms / other for ms, other in zip(blocks, others, strict=True) if other > 0]
+    return ratios or [1.0]
 
 
 def _uncertainty(blocks: Sequence[float]) -> float:

@@ -29,7 +29,7 @@ _OVER = 0.02  # by how much a measured latency may pass the budget: repeatabilit
 _UNDER = 0.02  # a network so little below the budget is near enough
 _NEAR = 0.15  # a latency so near to the budget is worth more measuring
 _ROUNDS = 15  # samples of each network in a bout
-_BOUTS = 6  # of measuring what may be the result
+_BOUTS = 3  # of measuring what may be the result
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ class Task:
     def measured(self, network: nn.Module, bouts: int = _BOUTS) -> tuple[float, float]:
         """Milliseconds of the dense network and of this one, sampled in turn.
 
-        In each bout both are medians, and over bouts the median of their ratio counts: what else
-        a machine does slows both down, but not in every bout alike. Every other bout begins with
-        the other network, since the one that was prepared first can be slower by 2 %.
+        In each bout the median ratio of neighbouring samples counts, and over bouts the median of
+        those. Every other bout begins with the other network, since the one that was prepared
+        first can be slower by 2 %.
         """
         inputs, backend = (self.example,), self.source.backend
         dense_ms, ratios = [], []
