@@ -91,10 +91,9 @@ def compile(
             are recalibrated and the channels that are left scored anew on up to 64 minibatches of
             `data`, in a copy. Values and `plan.gap` are those of the last.
         also: further devices or back-ends whose latency is limited too: pairs (latency, budget) as
-            the arguments of these names; each budget limits latency alone, which is predicted, not
-            measured afterwards.
-        verify: measure the result beside the dense network, and choose again while it misses the
-            budget. Only with a back-end that measures.
+            the arguments of these names; each budget limits latency alone.
+        verify: measure the result beside the dense network, and choose again while it misses a
+            budget. Only with back-ends that measure.
         progress: called as `progress(stage, done, total)`.
 
     Returns:

@@ -16,8 +16,8 @@ from torch import fx, nn
 
 from halp_fx.budget import Budget, parse_budget
 from halp_fx.candidates import best_of
-from halp_fx.errors import HalpError, InfeasibleError, InputError, NothingToPruneError
-from halp_fx.latency import Source, Stored, measure_paired, resolve_backend
+from halp_fx.errors import InfeasibleError, InputError, NothingToPruneError
+from halp_fx.latency import Source, Stored, resolve_backend
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import price, refine
 from halp_fx.passes.rewrite import rewrite
@@ -30,6 +30,7 @@ from halp_fx.passes.select import check_solver, select
 from halp_fx.passes.trace import trace
 from halp_fx.stepwise import check_steps, narrowed, target_at
 from halp_fx.types import ChannelGroups, IntArray, LatencyModel, Plan, Saliency
+from halp_fx.verification import Check, can_measure, verified
 
 __all__ = ["MIN_SHARE", "Prepared", "Progress", "prepare"]
 
@@ -38,9 +39,20 @@ Choose = Callable[[ChannelGroups, Saliency, LatencyModel, float], Plan]
 
 MIN_SHARE = 0.1
 _REFINEMENTS = 3  # how often the chosen widths are measured and chosen again
-_ROUNDS = 4  # how often a network is measured; after all but the last it is chosen again
-# By how much a latency may pass the budget at last and count as met: timers repeat no better.
-_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Further:
+    """A latency that is limited besides the budget's."""
+
+    source: Source
+    costs: LatencyModel
+    budget: Budget
+
+    @property
+    def most_ms(self) -> float:
+        """The limit, by the table."""
+        return self.budget.in_ms(self.costs.dense_ms)
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class Prepared:
     scores: Saliency
     costs: LatencyModel
     source: Source
-    also: Sequence[tuple[LatencyModel, float]]  # further latencies, each with its most
+    also: Sequence[Further]
     options: Mapping[str, Any]  # further arguments of `select`
     data: Iterable[Any] | None
     loss: Callable[[Any, Any], torch.Tensor] | None
@@ -72,12 +84,14 @@ class Prepared:
             stage("select")
             costs, source, scores = self.costs, self.source, self.scores
             budget_ms = limit.in_ms(costs.dense_ms)
+            among: Sequence[IntArray] | None = None
             choose = self._chooser(limit)
             plan = choose(self.groups, scores, costs, budget_ms)
             if self.steps > 1 and budget_ms < costs.dense_ms:
                 stage("steps")
-                plan, scores, choose = self._stepwise(plan, limit, choose)
-            if _can_measure(source):
+                plan, scores, among = self._stepwise(plan, limit)
+                choose = self._chooser(limit, among=among)
+            if can_measure(source):
                 stage("refine")
                 costs, plan = _refined(plan, scores, costs, source, self.tell, choose)
             if self.candidates > 1 and self.data is not None and self.loss is not None:
@@ -86,23 +100,59 @@ class Prepared:
                     self.candidates, plan, scores, costs, choose, self.data, self.loss,
                     partial(self.tell, "candidates"),
                 )  # fmt: skip
-            stage("rewrite")
-            pruned = rewrite(_annotated(plan, scores, costs))
-            if self.verify and _can_measure(source):
+            plan = _annotated(plan, scores, costs)
+            if self.verify and any(
+                can_measure(s) for s in (source, *(o.source for o in self.also))
+            ):
                 stage("verify")
-                pruned = _verified(pruned, limit, scores, costs, source, self.tell, choose)
+                pruned = self._verified(plan, limit, scores, costs, among)
+            else:
+                stage("rewrite")
+                pruned = rewrite(plan)
         plan = pruned.meta["halp_fx"]  # the network should not keep the dense one alive
         pruned.meta["halp_fx"] = replace(plan, groups=plan.groups.without_network())
         return pruned
 
+    def _verified(
+        self,
+        plan: Plan,
+        limit: Budget,
+        scores: Saliency,
+        costs: LatencyModel,
+        among: Sequence[IntArray] | None,
+    ) -> fx.GraphModule:
+        checks = [
+            Check(self.source, limit, plan.budget_ms),
+            *(Check(other.source, other.budget, other.most_ms) for other in self.also),
+        ]
+
+        def choose(asked_ms: Sequence[float]) -> Plan:
+            within = self._chooser(limit, among=among, also_ms=asked_ms[1:])
+            return _annotated(within(self.groups, scores, costs, asked_ms[0]), scores, costs)
+
+        return verified(plan, checks, choose, partial(self.tell, "verify"))
+
     def _chooser(
-        self, limit: Budget, done: float = 1.0, among: Sequence[IntArray] | None = None
+        self,
+        limit: Budget,
+        done: float = 1.0,
+        among: Sequence[IntArray] | None = None,
+        also_ms: Sequence[float] | None = None,
     ) -> Choose:
-        """Chooses units within all limits, or what they are when a share of the steps is done."""
+        """Chooses units within all limits, or what they are when a share of the steps is done.
+
+        Args:
+            among: units to choose from.
+            also_ms: most of the further latencies, where it is not what was asked for at first.
+        """
         dense = _counts(self.groups) if limit.further else {}
         counts = limit.counts(*dense.values()) if dense else {}
         limits = {name: target_at(dense[name], most, done) for name, most in counts.items()}
-        also = [(model, target_at(model.dense_ms, most, done)) for model, most in self.also]
+        most_ms = also_ms if also_ms is not None else [other.most_ms for other in self.also]
+        also = [
+            (other.costs, target_at(other.costs.dense_ms, most, done))
+            for other, most in zip(self.also, most_ms, strict=True)
+        ]
 
         def choose(
             groups: ChannelGroups, scores: Saliency, costs: LatencyModel, budget_ms: float
@@ -115,9 +165,9 @@ class Prepared:
         return choose
 
     def _stepwise(
-        self, at_once: Plan, limit: Budget, choose: Choose
-    ) -> tuple[Plan, Saliency, Choose]:
-        """The plan of the last step, the scores that it is by, and what chooses among the rest."""
+        self, at_once: Plan, limit: Budget
+    ) -> tuple[Plan, Saliency, Sequence[IntArray] | None]:
+        """The plan of the last step, the scores that it is by, and the units that were left."""
         assert self.data is not None and self.loss is not None
 
         def step(
@@ -131,10 +181,10 @@ class Prepared:
                 self.data, self.loss, partial(self.tell, "steps"),
             )  # fmt: skip
             last = self._chooser(limit, among=among)
-            return last(self.groups, scores, self.costs, at_once.budget_ms), scores, last
+            return last(self.groups, scores, self.costs, at_once.budget_ms), scores, among
         except InfeasibleError:
             # Costs need not fall with the width: what is left may miss a budget that can be met.
-            return at_once, self.scores, choose
+            return at_once, self.scores, None
 
 
 def prepare(
@@ -203,7 +253,7 @@ def prepare(
         stage("latency")
         costs = price(groups, source, progress=partial(tell, "latency"))
         priced = [
-            (price(groups, elsewhere, progress=partial(tell, "latency")), most)
+            Further(elsewhere, price(groups, elsewhere, progress=partial(tell, "latency")), most)
             for elsewhere, most in others
         ]
     return Prepared(
@@ -212,7 +262,7 @@ def prepare(
         scores=scores,
         costs=costs,
         source=source,
-        also=[(other, most.in_ms(other.dense_ms)) for other, most in priced],
+        also=priced,
         options={"solver": solver, "drop_blocks": drop_blocks, "allowed": allowed},
         data=data,
         loss=loss,
@@ -268,10 +318,6 @@ def _refined(
         if kept == [len(units) for units in plan.units]:
             break
     return costs, plan
-
-
-def _can_measure(source: Source) -> bool:
-    return source.backend.measured and not isinstance(source.backend, Stored)
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -356,47 +402,3 @@ def _annotated(plan: Plan, scores: Saliency, costs: LatencyModel, **facts: Any) 
         **facts,
     }
     return replace(plan, report=report)
-
-
-def _verified(
-    pruned: fx.GraphModule,
-    limit: Budget,
-    scores: Saliency,
-    costs: LatencyModel,
-    source: Source,
-    tell: Progress,
-    choose: Choose,
-) -> fx.GraphModule:
-    """Measure dense and pruned network in turn; while the pruned one is too slow, ask for less."""
-    plan: Plan = pruned.meta["halp_fx"]
-    groups, traced = plan.groups, plan.groups.traced
-    inputs = traced.example_inputs
-    target_ms = plan.budget_ms
-    asked_ms = target_ms
-    bound = plan.value / max(1.0 - plan.gap, 1e-12)  # proven for the budget that was asked for
-    for attempt in range(1, _ROUNDS + 1):
-        dense, small = measure_paired(
-            traced.module, pruned, source.backend, inputs, inputs, rounds=9
-        )
-        tell("verify", attempt, _ROUNDS)
-        allowed_ms = limit.in_ms(dense.median_ms)
-        facts = {
-            "measured_dense_ms": dense.median_ms,
-            "measured_ms": small.median_ms,
-            "measured_spread_ms": small.spread_ms,
-            "measured_budget_ms": allowed_ms,
-            "measured_rounds": attempt,
-            "met": small.median_ms <= allowed_ms * (1 + _TOLERANCE),
-        }
-        pruned.meta["halp_fx"] = _annotated(plan, scores, costs, **facts)
-        if small.median_ms <= allowed_ms or attempt == _ROUNDS:
-            return pruned
-        asked_ms *= min(allowed_ms / small.median_ms, 0.98)
-        try:
-            tighter = choose(groups, scores, costs, asked_ms)
-        except HalpError:
-            return pruned  # nothing faster is left; the report says that the budget is missed
-        gap = max(0.0, (bound - tighter.value) / max(bound, 1e-300))
-        plan = replace(tighter, budget_ms=target_ms, gap=gap)
-        pruned = rewrite(_annotated(plan, scores, costs))
-    return pruned

@@ -10,20 +10,17 @@ from typing import Any
 import numpy as np
 
 from halp_fx.budget import Budget
-from halp_fx.errors import HalpError
-from halp_fx.latency import Source, Stored, measure_paired
-from halp_fx.passes.rewrite import rewrite
+from halp_fx.latency import Source
 from halp_fx.passes.rules.counts import mac_counts, parameter_counts, total
 from halp_fx.passes.rules.plan import kept_indices
 from halp_fx.passes.rules.widths import GroupWidths, Widths
 from halp_fx.passes.select import select
 from halp_fx.training.schedule import Schedule, limit_at
 from halp_fx.types import ChannelGroups, IntArray, LatencyModel, Plan, Saliency
+from halp_fx.verification import Check, can_measure, verified
 
 __all__ = ["Chooser", "plan_from_text", "plan_to_text"]
 
-_ROUNDS = 4  # how often a network that misses its budget is selected again
-_TOLERANCE = 0.02  # by how much a measured latency may pass the budget: repeatability of timers
 _NUMBERS = ("dense_ms", "predicted_ms", "budget_ms", "gap", "value", "dense_value")
 
 
@@ -73,10 +70,16 @@ class Chooser:
             InfeasibleError: they can't be brought within the limits of the milestone.
         """
         plan = self._within(milestone, alive, saliency, self._target_ms(milestone))
-        measures = self.source.backend.measured and not isinstance(self.source.backend, Stored)
-        if milestone < self.steps or not measures or not self.verify:
+        if milestone < self.steps or not self.verify or not can_measure(self.source):
             return plan
-        return self._verified(plan, milestone, alive, saliency)
+        network = verified(
+            plan,
+            [Check(self.source, self.budget, plan.budget_ms)],
+            lambda asked_ms: self._within(milestone, alive, saliency, asked_ms[0]),
+            lambda done, total: None,
+        )
+        found: Plan = network.meta["halp_fx"]
+        return found
 
     def keep(self, milestone: int, plan: Plan) -> Plan:
         """The plan for a milestone at which all is gone that can go: the one before."""
@@ -124,39 +127,6 @@ class Chooser:
         }
         limits = self.budget.counts(counts["params"], counts["macs"])
         return [(name, counts[name], limit) for name, limit in limits.items()]
-
-    def _verified(
-        self, plan: Plan, milestone: int, alive: Sequence[IntArray], saliency: Saliency
-    ) -> Plan:
-        """Measure dense and pruned network in turn; while the pruned one is too slow, ask less."""
-        traced = self.groups.traced
-        inputs = traced.example_inputs
-        target_ms = asked_ms = plan.budget_ms
-        bound = plan.value / max(1.0 - plan.gap, 1e-12)  # proven for the budget asked for at first
-        for attempt in range(1, _ROUNDS + 1):
-            dense, small = measure_paired(
-                traced.module, rewrite(plan).eval(), self.source.backend, inputs, inputs, rounds=9
-            )
-            allowed_ms = self.budget.in_ms(dense.median_ms)
-            facts = {
-                "measured_dense_ms": dense.median_ms,
-                "measured_ms": small.median_ms,
-                "measured_spread_ms": small.spread_ms,
-                "measured_budget_ms": allowed_ms,
-                "measured_rounds": attempt,
-                "met": small.median_ms <= allowed_ms * (1 + _TOLERANCE),
-            }
-            plan = replace(plan, report={**plan.report, **facts})
-            if facts["met"] or attempt == _ROUNDS:
-                break
-            asked_ms *= min(allowed_ms / small.median_ms, 0.98)
-            try:
-                tighter = self._within(milestone, alive, saliency, asked_ms)
-            except HalpError:
-                break  # nothing faster is left; the report says that the budget is missed
-            gap = max(0.0, (bound - tighter.value) / max(bound, 1e-300))
-            plan = replace(tighter, budget_ms=target_ms, gap=gap)
-        return plan
 
 
 def _of_all(groups: ChannelGroups, alive: Sequence[IntArray], saliency: Saliency) -> Saliency:
