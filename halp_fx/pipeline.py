@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from halp_fx.budget import Budget, parse_budget
 from halp_fx.candidates import best_of
-from halp_fx.errors import InfeasibleError, InputError, NothingToPruneError
+from halp_fx.errors import InfeasibleError, InputError, NothingToPruneError, SaliencyError
 from halp_fx.latency import Source, Stored, resolve_backend
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import price, refine
@@ -87,7 +87,7 @@ class Prepared:
             among: Sequence[IntArray] | None = None
             choose = self._chooser(limit)
             plan = choose(self.groups, scores, costs, budget_ms)
-            if self.steps > 1 and budget_ms < costs.dense_ms:
+            if self.steps > 1 and _removes(plan):
                 stage("steps")
                 plan, scores, among = self._stepwise(plan, limit)
                 choose = self._chooser(limit, among=among)
@@ -100,7 +100,7 @@ class Prepared:
                     self.candidates, plan, scores, costs, choose, self.data, self.loss,
                     partial(self.tell, "candidates"),
                 )  # fmt: skip
-            plan = _annotated(plan, scores, costs)
+            plan = self._annotated(plan, scores, costs, among)
             if self.verify and any(
                 can_measure(s) for s in (source, *(o.source for o in self.also))
             ):
@@ -128,9 +128,29 @@ class Prepared:
 
         def choose(asked_ms: Sequence[float]) -> Plan:
             within = self._chooser(limit, among=among, also_ms=asked_ms[1:])
-            return _annotated(within(self.groups, scores, costs, asked_ms[0]), scores, costs)
+            return self._annotated(
+                within(self.groups, scores, costs, asked_ms[0]), scores, costs, among
+            )
 
         return verified(plan, checks, choose, partial(self.tell, "verify"))
+
+    def _annotated(
+        self,
+        plan: Plan,
+        scores: Saliency,
+        costs: LatencyModel,
+        among: Sequence[IntArray] | None,
+    ) -> Plan:
+        report = {
+            **plan.report,
+            "steps": self.steps if among is not None else 1,
+            "model": plan.groups.traced.model_name,
+            "saliency": scores.method,
+            "data_free": scores.data_free,
+            "backend": costs.backend,
+            "device": costs.device,
+        }
+        return replace(plan, report=report)
 
     def _chooser(
         self,
@@ -181,9 +201,11 @@ class Prepared:
                 self.data, self.loss, partial(self.tell, "steps"),
             )  # fmt: skip
             last = self._chooser(limit, among=among)
-            return last(self.groups, scores, self.costs, at_once.budget_ms), scores, among
-        except InfeasibleError:
+            plan = last(self.groups, scores, self.costs, at_once.budget_ms)
+            return plan, scores, among
+        except (InfeasibleError, SaliencyError):
             # Costs need not fall with the width: what is left may miss a budget that can be met.
+            # Or nothing can be learnt from gradients once so much is gone.
             return at_once, self.scores, None
 
 
@@ -320,6 +342,12 @@ def _refined(
     return costs, plan
 
 
+def _removes(plan: Plan) -> bool:
+    return any(
+        len(own) < dense for own, dense in zip(plan.units, plan.groups.dense_units, strict=True)
+    )
+
+
 def _silent(stage: str, done: int, total: int) -> None:
     return None
 
@@ -389,16 +417,3 @@ def _counts(groups: ChannelGroups) -> dict[str, int]:
         "macs": total(mac_counts(groups), dense),
         "memory": peak(memory_moments(groups), dense)[0],
     }
-
-
-def _annotated(plan: Plan, scores: Saliency, costs: LatencyModel, **facts: Any) -> Plan:
-    report = {
-        **plan.report,
-        "model": plan.groups.traced.model_name,
-        "saliency": scores.method,
-        "data_free": scores.data_free,
-        "backend": costs.backend,
-        "device": costs.device,
-        **facts,
-    }
-    return replace(plan, report=report)

@@ -144,15 +144,17 @@ def _verdict(summary: Mapping[str, Any]) -> str:
     kind = f"Channels were scored by `{summary['saliency']}`"
     if summary["data_free"]:
         kind += ", from the weights alone: scores from data are better"
+    steps = int(summary["facts"].get("steps", 1))
+    left = f" that the last of {steps} steps chose from" if steps > 1 else ""
     return (
         f"{first}\n\n{kind}. The `{summary['solver']}` solver kept "
-        f"{_percent(summary['value_kept'])} of the saliency, proven to be within "
+        f"{_percent(summary['value_kept'])} of the saliency{left}, proven to be within "
         f"{_percent(summary['gap'], 2)} of the best choice of widths by the table."
     )
 
 
 def _spread(measured: Mapping[str, Any]) -> str:
-    """Half the interquartile range of the samples, where it is known."""
+    """Half the interquartile range of the samples beside the dense network's."""
     spread = measured.get("spread")
     return "" if spread is None else f" (+- {_ms(spread)})"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 
 from halp_fx.errors import InputError
 from halp_fx.passes.rewrite import rewrite
-from halp_fx.passes.saliency import score_survivors
+from halp_fx.passes.saliency import BY_GRADIENTS, score_survivors
 from halp_fx.recalibrate import recalibrate
 from halp_fx.types import ChannelGroups, IntArray, LatencyModel, Plan, Saliency
 
@@ -37,7 +37,7 @@ def check_steps(steps: int, data: Any, saliency: Any) -> None:
     Raises:
         InputError: it is no whole number from 1, or there is nothing to score anew by.
     """
-    own = saliency not in (None, "fisher", "taylor")
+    own = saliency is not None and saliency not in BY_GRADIENTS
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps is {steps!r}: pass a whole number of at least 1")
     if steps > 1 and (own or data is None):
@@ -45,7 +45,7 @@ def check_steps(steps: int, data: Any, saliency: Any) -> None:
             f"steps={steps}: between steps channels are scored anew by gradients; pass data and "
             "loss and leave saliency out, or steps=1"
         )
-    if steps > 1 and iter(data) is data:
+    if steps > 1 and isinstance(data, Iterator):
         raise InputError(
             f"steps={steps}: the data are an iterator that is used up after one look; pass a list "
             "or a loader, or steps=1"
@@ -94,6 +94,8 @@ def narrowed(
         done = step / steps
         plan = choose(scores, target_at(costs.dense_ms, budget_ms, done), done, among)
         among = plan.units
+        if not any(len(units) for units in among):
+            break  # nothing is left to choose from
         network = rewrite(plan).eval()
         recalibrate(network, data, _RECALIBRATED)
         few = itertools.islice(data, _SCORED)

@@ -237,7 +237,8 @@ class Plan:
     budget_ms: float
     gap: float  # certified: (bound - value) / bound, at most this far from the best possible
     value: float  # saliency kept
-    dense_value: float  # saliency of the dense network
+    # Saliency of what was chosen from: the dense network, or what earlier steps left of it.
+    dense_value: float
     solver: str
     groups: ChannelGroups = field(repr=False, compare=False)
     report: Mapping[str, Any] = field(default_factory=dict, compare=False)  # facts for people

@@ -18,7 +18,7 @@ from halp_fx.latency import Analytic, Calibration, Job, Source, Stored, measure_
 from halp_fx.passes.rules.counts import parameter_counts
 from halp_fx.passes.rules.cut import cut, signature
 from halp_fx.passes.rules.grids import Grid, Kept, Probe, probes, steps_of
-from halp_fx.passes.rules.kernels import Part, kernel_parts, roofline
+from halp_fx.passes.rules.kernels import Part, axes_of, kernel_parts, remainder, roofline
 from halp_fx.types import ChannelGroups, Extent, Kernel, LatencyModel
 
 __all__ = ["measurements", "network_key", "price", "refine", "weight_costs"]
@@ -51,10 +51,12 @@ def price(
     """
     backend = source.backend
     if isinstance(backend, Analytic):
-        kernels = [_analytic(part, backend) for part in kernel_parts(groups, True, split=True)]
+        parts = kernel_parts(groups, True, split=True)
+        priced = [_analytic(part, backend) for part in parts]
+        rests = {k: _analytic(rest, backend) for k, rest in _remainders(groups, parts).items()}
     else:
-        kernels = _measured(groups, source, progress)
-    kernels = [_droppable(kernel, groups) for kernel in kernels]
+        priced, rests = _measured(groups, source, progress)
+    kernels = [_droppable(kernel, groups, rests.get(k)) for k, kernel in enumerate(priced)]
     found = None
     if calibrated and source.table is not None and not isinstance(backend, Analytic):
         key = network_key(groups, backend.fuses)
@@ -82,8 +84,10 @@ def measurements(groups: ChannelGroups, fuses: bool) -> list[Job]:
     Args:
         fuses: whether that back-end runs a convolution and what follows it as one kernel.
     """
-    grids = [Grid(groups, part) for part in kernel_parts(groups, fuses, split=False)]
-    return _jobs(groups, grids, probes(groups, grids))
+    parts = kernel_parts(groups, fuses, split=False)
+    grids = [Grid(groups, part) for part in parts]
+    rests = [Grid(groups, rest) for rest in _remainders(groups, parts).values()]
+    return _jobs(groups, [*grids, *rests], probes(groups, grids))
 
 
 def refine(
@@ -139,26 +143,50 @@ def _analytic(part: Part, backend: Analytic) -> Kernel:
     return Kernel(part.nodes[-1], part.nodes, axes, cost, part.op)
 
 
-def _droppable(kernel: Kernel, groups: ChannelGroups) -> Kernel:
-    """A kernel within branches that can be dropped costs nothing when they are.
-
-    One whose widths are all of the trunk (the norm that a branch ends in) depends on a width of
-    the branch besides. Where it only touches such a branch (the sum that follows is fused into
-    it), the cost at the least width stands for what remains.
-    """
+def _owners(groups: ChannelGroups, axes: Sequence[Extent]) -> list[set[int]]:
+    """For each axis, the branches that can be dropped which all of its width lies in."""
     inside = {g: i for i, branch in enumerate(groups.branches) for g in branch.groups}
-    owners = [
+    return [
         {inside[g] for g, _ in axis.parts}
         if axis.fixed == 0 and all(g in inside for g, _ in axis.parts)
         else set()
-        for axis in kernel.axes
+        for axis in axes
     ]
+
+
+def _remainders(groups: ChannelGroups, parts: Sequence[Part]) -> dict[int, Part]:
+    """Kernels that reach out of a branch -> what is left of them when it is dropped.
+
+    Of a convolution with the sum and the activation that follow: the sum, of the trunk and a
+    constant, and the activation.
+    """
+    found: dict[int, Part] = {}
+    for k, part in enumerate(parts):
+        touched = set().union(*_owners(groups, axes_of(part)[0]))
+        if len(touched) == 1:
+            rest = remainder(part, groups.branches[touched.pop()].nodes)
+            if rest is not None:
+                found[k] = rest
+    return found
+
+
+def _droppable(kernel: Kernel, groups: ChannelGroups, rest: Kernel | None) -> Kernel:
+    """A kernel within branches that can be dropped costs nothing when they are.
+
+    One whose widths are all of the trunk (the norm that a branch ends in) depends on a width of
+    the branch besides. One that only touches such a branch (the sum that follows is fused into
+    it) costs then what `rest` does; where that is not known, what it does at the least width.
+    """
+    owners = _owners(groups, kernel.axes)
     if not any(owners):
         return _droppable_by(kernel, groups)
     nodes = [set(groups.branches[i].nodes) for i in set().union(*owners)]
     whole = any(set(kernel.nodes) <= n for n in nodes)
     least = [int(axis.size([g.least for g in groups.groups])) for axis in kernel.axes]
-    return replace(kernel, cost=_Droppable(kernel.cost, [bool(o) for o in owners], least, whole))
+    left: Callable[..., Any] | None = (lambda *sizes: 0.0) if whole else None
+    if not whole and rest is not None and set(rest.axes) <= set(kernel.axes):
+        left = _Along(rest.cost, [kernel.axes.index(axis) for axis in rest.axes])
+    return replace(kernel, cost=_Droppable(kernel.cost, [bool(o) for o in owners], least, left))
 
 
 def _droppable_by(kernel: Kernel, groups: ChannelGroups) -> Kernel:
@@ -169,36 +197,51 @@ def _droppable_by(kernel: Kernel, groups: ChannelGroups) -> Kernel:
     group = min(around, key=lambda b: len(b.nodes)).groups[0]
     unit = Extent(groups.groups[group].units, 0, ((group, 1),))
     own = len(kernel.axes)
-    cost = _Droppable(kernel.cost, [False] * own + [True], [0] * own, True)
+    cost = _Droppable(kernel.cost, [False] * own + [True], [0] * own, lambda *sizes: 0.0)
     return replace(kernel, axes=(*kernel.axes, unit), cost=cost)
 
 
 class _Droppable:
     """A cost that goes on to width 0 along some axes.
 
-    `least` has the axes that the cost itself takes; one more may follow, of the branch.
+    `least` has the axes that the cost itself takes; one more may follow, of the branch. `left` is
+    what it costs at width 0, of all sizes; None: what it does at the least width.
     """
 
     def __init__(
-        self, cost: Callable[..., Any], can_vanish: list[bool], least: list[int], whole: bool
+        self,
+        cost: Callable[..., Any],
+        can_vanish: list[bool],
+        least: list[int],
+        left: Callable[..., Any] | None,
     ) -> None:
-        self.cost, self.can_vanish, self.least, self.whole = cost, can_vanish, least, whole
+        self.cost, self.can_vanish, self.least, self.left = cost, can_vanish, least, left
 
     def __call__(self, *sizes: Any) -> Any:
         cost = self.cost(*(np.maximum(s, low) for s, low in zip(sizes, self.least, strict=False)))
-        if not self.whole:
+        if self.left is None:
             return cost
         gone: Any = False
         for size, can in zip(sizes, self.can_vanish, strict=True):
             if can:
                 gone = gone | (np.asarray(size) == 0)
-        return np.where(gone, 0.0, cost)
+        return np.where(gone, self.left(*sizes), cost)
 
     def with_point(self, sizes: Sequence[int], ms: float) -> _Droppable:
         """The same cost with one more measurement."""
         cost: Any = self.cost
         refined = cost.with_point(sizes[: len(self.least)], ms)
-        return _Droppable(refined, self.can_vanish, self.least, self.whole)
+        return _Droppable(refined, self.can_vanish, self.least, self.left)
+
+
+class _Along:
+    """A cost of some of the sizes."""
+
+    def __init__(self, cost: Callable[..., Any], axes: list[int]) -> None:
+        self.cost, self.axes = cost, axes
+
+    def __call__(self, *sizes: Any) -> Any:
+        return self.cost(*(sizes[axis] for axis in self.axes))
 
 
 def weight_costs(groups: ChannelGroups, ms_per_mb: float) -> list[Kernel]:
@@ -235,7 +278,10 @@ class _Scaled:
         return _Scaled(cost.with_point(sizes, ms), self.scale)
 
 
-def _measured(groups: ChannelGroups, source: Source, progress: Progress | None) -> list[Kernel]:
+def _measured(
+    groups: ChannelGroups, source: Source, progress: Progress | None
+) -> tuple[list[Kernel], dict[int, Kernel]]:
+    """The kernels, and what is left of some of them when a branch is dropped."""
     table, backend = source.table, source.backend
     if table is None:
         raise InputError(
@@ -245,9 +291,11 @@ def _measured(groups: ChannelGroups, source: Source, progress: Progress | None) 
     coarse = bool(getattr(backend, "coarse", False))
     parts = kernel_parts(groups, backend.fuses, split=False)
     grids = [Grid(groups, part, coarse=coarse) for part in parts]
+    rests = {k: Grid(groups, rest, coarse=coarse) for k, rest in _remainders(groups, parts).items()}
     probed = [] if coarse else probes(groups, grids)
     fingerprint = backend.fingerprint()
-    jobs = _jobs(groups, grids, [] if isinstance(backend, Stored) else probed)
+    stored = isinstance(backend, Stored)
+    jobs = _jobs(groups, grids if stored else [*grids, *rests.values()], [] if stored else probed)
     measure_jobs(jobs, backend, table, progress=_counting(progress))
     keys: dict[Any, str] = {}
 
@@ -264,7 +312,13 @@ def _measured(groups: ChannelGroups, source: Source, progress: Progress | None) 
             raise LatencyError(f"the table has no time for {signature(groups, nodes, kept)}")
         return ms
 
-    return [grid.kernel(look_up, steps_of(grid, probed, time_of)) for grid in grids]
+    left: dict[int, Kernel] = {}
+    for k, grid in rests.items():
+        # A table that was made elsewhere may not have them.
+        if all(time_of(grid.part.nodes, kept) is not None for kept in grid.points()):
+            left[k] = grid.kernel(look_up, [0] * len(grid.axes))
+    kernels = [grid.kernel(look_up, steps_of(grid, probed, time_of)) for grid in grids]
+    return kernels, left
 
 
 def _jobs(groups: ChannelGroups, grids: Iterable[Grid], probed: Iterable[Probe]) -> list[Job]:

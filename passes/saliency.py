@@ -1,6 +1,6 @@
 """saliency: what each unit of each group is worth.
 
-Requires: `ChannelGroups`; data and a loss for the Taylor score.
+Requires: `ChannelGroups`; data and a loss for scores by gradients.
 Ensures: one finite score of at least 0 a unit, in each group some above 0; the model, its
 gradients, its modes and the global random state are as before.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ from halp_fx.errors import InputError, SaliencyError
 from halp_fx.passes.rules.structure import named_tensors
 from halp_fx.types import ChannelGroups, FloatArray, Group, Plan, Saliency
 
-__all__ = ["METHODS", "score", "score_survivors"]
+__all__ = ["BY_GRADIENTS", "score", "score_survivors"]
 
-METHODS = ("fisher", "taylor", "magnitude")
+BY_GRADIENTS = ("fisher", "taylor")
+_METHODS = (*BY_GRADIENTS, "magnitude")
 
 _FEW = 4  # units below which a group may be worth nothing: a few dead channels are common
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -44,8 +46,8 @@ def score(
 
     - "fisher", the default: the mean of `t ** 2` over minibatches (Molchanov et al., CVPR 2019,
       equation 8; of coupled channels Liu et al., *Group Fisher Pruning*, ICML 2021). Near a
-      minimum the mean gradient says little, and this is half of the second-order change, with
-      the Fisher information for the Hessian. Scores of different groups compare better.
+      minimum the mean gradient says little; half of this is the second-order change, with the
+      Fisher information of minibatches for the Hessian. Scores of different groups compare better.
     - "taylor", HALP's (NeurIPS 2022, section 3.1): the mean of `|t|`.
 
     Minibatches whose scores are not finite are left out, group by group.
@@ -67,14 +69,14 @@ def score(
     if callable(method):
         name = getattr(method, "__name__", type(method).__name__)
         return _checked(groups, _of_callable(groups, method(groups), name), name, data is None)
-    if method is not None and method not in METHODS:
+    if method is not None and method not in _METHODS:
         raise InputError(
-            f"saliency={method!r} is not known: pass {', '.join(map(repr, METHODS))}, a callable "
+            f"saliency={method!r} is not known: pass {', '.join(map(repr, _METHODS))}, a callable "
             "or None"
         )
     if data is not None and loss is None:
         raise InputError("data was given without loss: pass loss=callable(output, target)")
-    if method in ("fisher", "taylor") and data is None:
+    if method in BY_GRADIENTS and data is None:
         raise InputError(f"the saliency {method!r} needs data and loss: pass both, or 'magnitude'")
     if data is None or method == "magnitude":
         return _checked(groups, _magnitude(groups), "magnitude", True)
@@ -91,14 +93,13 @@ def score_survivors(
     data: Iterable[Any],
     loss: Loss,
     method: str | None = None,
-    progress: Progress | None = None,
 ) -> Saliency:
     """Score the units that are left in a pruned network, as `score` does with data.
 
     Args:
         network: what the plan was rewritten to; it is left as it is.
         plan: its groups are those of the dense network.
-        method: "fisher" or "taylor".
+        method: "fisher" or "taylor"; None: "fisher".
 
     Returns:
         One array a group over the units of the dense network: 0 for those that are gone.
@@ -112,16 +113,15 @@ def score_survivors(
     sources: list[_Sources] = []
     for group, units in zip(groups.groups, plan.units, strict=True):
         members: _Sources = []
-        for name, dim, index in _scored_members(groups, group, dense) if len(units) else ():
+        # Of branches that were dropped nothing is left.
+        left = [m for m in group.members if not _is_gone(plan.kept[m.name])]
+        for name, dim, index in _scored_members(groups, replace(group, members=tuple(left)), dense):
             survivors = plan.kept[name][dim]
-            if survivors is not None:
-                index = np.searchsorted(survivors.numpy(), index[units])
-                if len(survivors):  # else it went with its branch
-                    members.append((name, dim, index))
-            else:
-                members.append((name, dim, index[units]))
+            own = index[units]
+            place = own if survivors is None else np.searchsorted(survivors.numpy(), own)
+            members.append((name, dim, place))
         sources.append(members)
-    found = _by_gradients(groups, module, sources, data, loss, method == "taylor", progress,
+    found = _by_gradients(groups, module, sources, data, loss, method == "taylor", None,
                           [len(units) for units in plan.units])  # fmt: skip
     scores = tuple(np.zeros(n) for n in groups.dense_units)
     for full, units, own in zip(scores, plan.units, found, strict=True):
@@ -144,9 +144,10 @@ def _by_gradients(
     """Means over minibatches of |t| or t ** 2, one array (units,) a group; see `score`."""
     tensors = dict(named_tensors(module))
     units = groups.dense_units if units is None else units
-    wanted = {name for members in sources for name, *_ in members}
-    for name, tensor in tensors.items():
-        tensor.requires_grad_(name in wanted and tensor.is_floating_point())
+    # By identity: a tensor may go by several names.
+    wanted = {id(tensors[name]) for members in sources for name, *_ in members}
+    for tensor in tensors.values():
+        tensor.requires_grad_(id(tensor) in wanted and tensor.is_floating_point())
     totals = [np.zeros(n) for n in units]
     used = [0] * len(totals)
     batches = 0
@@ -243,6 +244,11 @@ def _batch_norm_parameters(module: nn.Module) -> set[str]:
         if isinstance(part, kinds)
         for leaf in ("weight", "bias")
     }
+
+
+def _is_gone(kept: Sequence[torch.Tensor | None]) -> bool:
+    """Whether a parameter went with a branch that was dropped whole."""
+    return any(index is not None and not len(index) for index in kept)
 
 
 def _is_weight(groups: ChannelGroups, name: str) -> bool:

@@ -400,3 +400,64 @@ def test_compile_measures_this_machine(measured: Source) -> None:
     assert report["measured_dense_ms"] > 0
     assert report["met"] is (report["measured_ms"] <= report["measured_budget_ms"] * 1.02)
     oracle.assert_exact(model, pruned, (x,), strict=True)
+
+
+class Block(nn.Module):
+    """A residual block of 16 channels, 12 within, after a stem."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 1)
+        self.wide, self.back = nn.Conv2d(16, 12, 3, padding=1), nn.Conv2d(12, 16, 3, padding=1)
+        self.fc = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        return self.fc(F.relu(x + self.back(F.relu(self.wide(x)))))
+
+
+class PerWeight:
+    """A kernel takes 100 ms, a millisecond for each of its weights, and one for each channel."""
+
+    name, measured, fuses, min_sample_ms, samples = "per weight", True, True, 1e-6, 1
+
+    def fingerprint(self) -> str:
+        return '{"backend": "per weight"}'
+
+    def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
+        def run() -> None: ...
+
+        weights = sum(p.numel() for p in module.parameters())
+        run.ms = 100.0 + weights + inputs[0].shape[1]  # type: ignore[attr-defined]
+        return run
+
+    def block_ms(self, run: Callable[[], None], calls: int) -> float:
+        return run.ms * calls  # type: ignore[attr-defined, no-any-return]
+
+
+def test_what_is_left_of_a_kernel_when_its_branch_is_dropped_is_measured() -> None:
+    """Of the convolution with the sum and the activation fused: those two, 16 channels wide."""
+    groups = groups_of(Block())
+    source = Source(PerWeight(), LatencyTable.open(":memory:"))
+    kernels = price(groups, source).kernels
+    (kernel,) = [k for k in kernels if "add" in k.op]
+    inner = next(i for i, axis in enumerate(kernel.axes) if axis.dense == 12)
+    for trunk in (16, 8, 5):
+        at = [0 if i == inner else trunk for i in range(len(kernel.axes))]
+        assert kernel.cost(*at) == pytest.approx(100 + trunk, rel=0.02)
+        at[inner] = 1
+        assert kernel.cost(*at) > 100 + 9 * trunk
+    (gone,) = [k for k in kernels if k.nodes[0] == "wide"]
+    at = [0 if axis.dense == 12 else 16 for axis in gone.axes]
+    assert gone.cost(*at) == 0
+
+
+def test_what_is_left_of_a_kernel_when_its_branch_is_dropped_by_formula() -> None:
+    (kernel,) = [k for k in priced(Block(), BYTES) if "add" in k.op]
+    sizes = [0 if axis.dense == 12 else 16 for axis in kernel.axes]
+    # Two operands are read and a sum is written: 16 channels of 8x8 numbers of 4 bytes.
+    assert kernel.cost(*sizes) == pytest.approx(3 * 16 * 64 * 4)
+
+
+def priced(model: nn.Module, backend: Analytic) -> tuple[Kernel, ...]:
+    return price(groups_of(model), Source(backend, None)).kernels

@@ -11,15 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import halp_fx
 from halp_fx.errors import InputError
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.rewrite import rewrite
 from halp_fx.passes.rules.plan import kept_indices
-from halp_fx.passes.saliency import score_survivors
+from halp_fx.passes.saliency import score, score_survivors
 from halp_fx.passes.trace import trace
 from halp_fx.pipeline import prepare
+from halp_fx.report import render_markdown
 from halp_fx.stepwise import narrowed, target_at
 from halp_fx.types import Plan
 from tests import oracle
@@ -161,13 +163,105 @@ def test_a_network_pruned_in_steps_is_exact_and_within_all_limits(
         assert report[name]["pruned"] <= most * report[name]["dense"]
 
 
-def test_a_budget_that_is_met_already_takes_no_steps(model: nn.Module) -> None:
+def test_a_budget_that_is_met_already_takes_no_steps() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3)).double()  # no unit is dead
     stages: list[str] = []
+    data = [(x, torch.randn(8, 4, 4, 4, dtype=torch.float64)) for x, _ in batches()]
     halp_fx.compile(
-        model, 1.0, image(), steps=3,
-        progress=lambda stage, done, total: stages.append(stage), **options(),
+        net, 1.0, image(), data=data, loss=F.mse_loss, latency="analytic", steps=3,
+        progress=lambda stage, done, total: stages.append(stage),
     )  # fmt: skip
     assert "steps" not in stages and "select" in stages
+
+
+@pytest.mark.parametrize("budget", [{"params": 0.4}, {"macs": 0.4}])
+def test_steps_are_taken_where_other_limits_bind(
+    model: nn.Module, budget: dict[str, float]
+) -> None:
+    stages: list[str] = []
+    halp_fx.compile(
+        model, halp_fx.Budget(**budget), image(), steps=3,
+        progress=lambda stage, done, total: stages.append(stage), **options(),
+    )  # fmt: skip
+    assert "steps" in stages
+
+
+def test_a_shuffled_loader_leaves_the_random_state_alone(model: nn.Module) -> None:
+    inputs = torch.cat([x for x, _ in batches()])
+    targets = torch.cat([y for _, y in batches()])
+    loader = DataLoader(TensorDataset(inputs, targets), batch_size=8, shuffle=True)
+    given, inputs = options(data=loader), image()
+    before = torch.get_rng_state()
+    plan = halp_fx.plan_of(halp_fx.compile(model, 0.6, inputs, steps=2, **given))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert plan.report["steps"] == 2
+    assert "that the last of 2 steps chose from" in render_markdown(plan)
+
+
+def test_nothing_is_left_to_choose_from_after_a_step() -> None:
+    """All that can go is one branch, and the first step takes it."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 1)
+            self.wide, self.back = nn.Conv2d(4, 64, 3, padding=1), nn.Conv2d(64, 4, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.stem(x)
+            return x + self.back(F.relu(self.wide(x)))
+
+    torch.manual_seed(0)
+    net = oracle.randomize(Branch()).double().eval()
+    data = [(x, torch.randn(8, 4, 8, 8, dtype=torch.float64)) for x, _ in batches()]
+    given = {"data": data, "loss": F.mse_loss, "latency": "analytic", "exclude": "stem"}
+    at_once = halp_fx.plan_of(halp_fx.compile(net, 0.1, image(), **given))
+    assert all(len(units) == 0 for units in at_once.units)
+    plan = halp_fx.plan_of(halp_fx.compile(net, 0.1, image(), steps=4, **given))
+    assert plan.predicted_ms <= plan.budget_ms
+
+
+def test_the_trunk_is_scored_by_what_is_left_of_it() -> None:
+    """Its only batch norm goes with a branch: filters count then."""
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 16, 1)
+            self.inner, self.norm = nn.Conv2d(16, 24, 1), nn.BatchNorm2d(16)
+            self.outer, self.fc = nn.Conv2d(24, 16, 1), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.stem(x)
+            x = x + self.norm(self.outer(F.relu(self.inner(x))))
+            return self.fc(F.relu(x).mean((2, 3)))
+
+    torch.manual_seed(0)
+    net = oracle.randomize(Bare()).double().eval()
+    plan = _plan(net, drop=True)
+    found = score_survivors(rewrite(plan).eval(), plan, batches(), F.cross_entropy)
+    names = [g.name for g in plan.groups.groups]
+    trunk = next(i for i, name in enumerate(names) if name == "stem")
+    assert (found.scores[trunk][plan.units[trunk]] > 0).all()
+
+
+def test_a_tensor_of_two_names_is_scored() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+            self.two.weight = self.one.weight
+            self.stem, self.fc = nn.Conv2d(3, 8, 1), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.fc(F.relu(self.two(F.relu(self.one(self.stem(x))))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    net = oracle.randomize(Tied()).double().eval()
+    groups = find_groups(trace(net, image()))
+    scores = score(groups, batches(), F.cross_entropy).scores
+    assert scores and all((own > 0).any() for own in scores)
 
 
 def test_targets() -> None:

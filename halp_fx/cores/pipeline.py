@@ -16,6 +16,7 @@ from halp_fx.cores.put_back import put_back
 from halp_fx.cores.whole import scores_of_whole
 from halp_fx.errors import InputError
 from halp_fx.latency import Stored, resolve_backend
+from halp_fx.passes.saliency import BY_GRADIENTS
 from halp_fx.types import Plan
 
 __all__ = ["Compile", "prune_parts", "with_outside"]
@@ -47,12 +48,12 @@ def prune_parts(
         options: further options of `halp_fx.compile`.
 
     Raises:
-        InputError: as `halp_fx.compile`; or `candidates` is not 1.
+        InputError: as `halp_fx.compile`; or `candidates` or `steps` is not 1.
     """
     refuse_trials(options)
     if data is not None and loss is None:
         raise InputError("data was given without loss: pass loss=callable(output, target)")
-    if data is not None and loss is not None and saliency in (None, "fisher", "taylor"):
+    if data is not None and loss is not None and saliency in (None, *BY_GRADIENTS):
         saliency = scores_of_whole(model if scored is None else scored, data, loss, saliency)
     core = compile(
         assemble(model, calls, flow, len(inputs)), budget, inputs,

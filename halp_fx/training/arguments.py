@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from halp_fx.errors import InputError
+from halp_fx.passes.saliency import BY_GRADIENTS
 
 __all__ = [
     "Optimizers",
@@ -46,7 +47,7 @@ def check_smoothing(smoothing: Any) -> None:
 
 def check_saliency(saliency: Any) -> None:
     """Whether it is a score that gradients give."""
-    if saliency not in ("fisher", "taylor"):
+    if saliency not in BY_GRADIENTS:
         raise InputError(
             f"saliency is {saliency!r}: pass 'fisher' or 'taylor', which are taken from the "
             "gradients of the training loop"

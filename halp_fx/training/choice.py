@@ -12,6 +12,7 @@ import numpy as np
 from halp_fx.budget import Budget
 from halp_fx.latency import Source
 from halp_fx.passes.rules.counts import mac_counts, parameter_counts, total
+from halp_fx.passes.rules.memory import memory_moments, peak
 from halp_fx.passes.rules.plan import kept_indices
 from halp_fx.passes.rules.widths import GroupWidths, Widths
 from halp_fx.passes.select import select
@@ -124,8 +125,9 @@ class Chooser:
         counts = {
             "params": total(parameter_counts(self.groups), dense),
             "macs": total(mac_counts(self.groups), dense),
+            "memory": peak(memory_moments(self.groups), dense)[0],
         }
-        limits = self.budget.counts(counts["params"], counts["macs"])
+        limits = self.budget.counts(counts["params"], counts["macs"], counts["memory"])
         return [(name, counts[name], limit) for name, limit in limits.items()]
 
 

@@ -16,7 +16,7 @@ from halp_fx.passes.saliency import score
 from halp_fx.training.processes import sum_up
 from halp_fx.types import ChannelGroups, FloatArray, Group, IntArray, Member, Saliency
 
-__all__ = ["GradientScores", "alive_groups"]
+__all__ = ["GradientScores"]
 
 _Kept = Mapping[str, tuple[torch.Tensor | None, ...]]
 
@@ -155,7 +155,7 @@ class GradientScores:
         def given(_: ChannelGroups) -> list[FloatArray]:
             return scores
 
-        found = score(alive_groups(self.groups, units), method=given)
+        found = score(_alive_groups(self.groups, units), method=given)
         return replace(found, method=self.method, data_free=False)
 
     def _recall(
@@ -230,7 +230,7 @@ class GradientScores:
         )
 
 
-def alive_groups(groups: ChannelGroups, units: Sequence[IntArray]) -> ChannelGroups:
+def _alive_groups(groups: ChannelGroups, units: Sequence[IntArray]) -> ChannelGroups:
     """The groups with only these units, to choose from; their numbers count from 0 anew."""
     return replace(
         groups,

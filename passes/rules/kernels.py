@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import fx
 
 from halp_fx.types import ChannelGroups, Extent, TensorSpec, Work
 
-__all__ = ["Part", "axes_of", "kernel_parts", "moved_bytes", "roofline"]
+__all__ = ["Part", "axes_of", "kernel_parts", "moved_bytes", "remainder", "roofline"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,19 @@ def _joined(
         reads=(*part.reads, *others),
         writes=work[-1].writes,
     )
+
+
+def remainder(part: Part, gone: Collection[str]) -> Part | None:
+    """The same kernel without some of its nodes; None where nothing or all of it is left."""
+    nodes = tuple(name for name in part.nodes if name not in gone)
+    if not nodes or len(nodes) == len(part.nodes):
+        return None
+    work = tuple(item for item in part.work if item.node in nodes)
+    if not work:
+        return None
+    # What comes after reads the result so far, as in a kernel that is joined.
+    reads = (*work[0].reads, *(spec for item in work[1:] for spec in item.reads[1:]))
+    return Part(nodes, work, reads, work[-1].writes)
 
 
 def _specs(value: Any) -> Iterable[TensorSpec]:

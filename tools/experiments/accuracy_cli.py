@@ -127,6 +127,8 @@ def experiment(
         InputError: the folder's records are damaged, or the device can't be had.
         DependencyError: a package is missing.
     """
+    if settings.on == "choose":
+        title += ", on training images kept for choosing"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: there is no CUDA device here; use cpu")
     digest = settings.digest(backend.fingerprint(), device.partition(":")[0], str(latency_batch))

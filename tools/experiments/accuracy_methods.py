@@ -72,9 +72,9 @@ def _l1(task: Task, seed: int) -> Mapping[str, Any]:
     return {"saliency": scores.filter_l1}
 
 
-def _rescaled(kind: Callable[[Any, Any], scores.Scores], batch: int | None = None) -> Data:
+def _rescaled(kind: Callable[[Any, Any], scores.Scores]) -> Data:
     def arguments(task: Task, seed: int) -> Mapping[str, Any]:
-        return {"saliency": kind(task.scoring(seed, batch=batch), task.loss)}
+        return {"saliency": kind(task.scoring(seed), task.loss)}
 
     return arguments
 

@@ -100,7 +100,7 @@ def _dense_line(records: Sequence[Record]) -> str:
     if not dense:
         return "The dense network was not tested."
     return (
-        f"Dense: {_mean(dense, 'recalibrated', percent=True)} % of {dense[0].tested:,} test "
+        f"Dense: {_mean(dense, 'recalibrated', percent=True)} % of {dense[0].tested:,} "
         f"images, {_mean(dense, 'tuned', percent=True)} % after the same fine-tuning; "
         f"{_mean(dense, 'dense_ms', 3)} ms. Means over seeds, ± half their range; latency is "
         "measured, as a share of the dense network's (which against itself gives "
@@ -182,7 +182,7 @@ def _draw(records: Sequence[Record], paths: Sequence[Path], title: str) -> None:
             _panel(axes, own, stage)
             axes.set(
                 title=f"{network}, {_STAGE_TITLES[stage]}",
-                xlabel="measured latency, share of dense", ylabel="test accuracy, %",
+                xlabel="measured latency, share of dense", ylabel="accuracy, %",
             )  # fmt: skip
         row[0].legend(fontsize="small")
     for path in paths:
