@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import halp_fx
-from halp_fx import pipeline
+from halp_fx import pipeline, verification
 from halp_fx.errors import InputError
 from halp_fx.latency import Timing
 
@@ -133,8 +133,9 @@ def test_the_certificate_holds_for_the_budget_that_was_asked_for(
     def paired(*args: Any, **options: Any) -> tuple[Timing, Timing]:
         return tuple(Timing(ms, 0.0, 1) for ms in next(timings))  # type: ignore[return-value]
 
-    monkeypatch.setattr(pipeline, "measure_paired", paired)
-    monkeypatch.setattr(pipeline, "_can_measure", lambda source: True)
+    monkeypatch.setattr(verification, "measure_paired", paired)
+    for module in (pipeline, verification):
+        monkeypatch.setattr(module, "can_measure", lambda source: True)
     plan = halp_fx.plan_of(halp_fx.compile(chain(), 0.6, X, latency="analytic"))
     assert plan.report["measured_rounds"] == 2
     assert plan.report["met"]

@@ -508,7 +508,7 @@ def test_report(tmp_path: Path) -> None:
     ]
     assert (pairs[0].difference, pairs[0].wins, pairs[0].losses) == (0.2, 20, 0)
     text = page(records, pairs)
-    assert "Dense: 90.00 % of 100 test images, 90.00 % after the same fine-tuning; 2.000 ms" in text
+    assert "Dense: 90.00 % of 100 images, 90.00 % after the same fine-tuning; 2.000 ms" in text
     assert "| joint | 0.500 | 80.00 ± 0.00 | 81.00 ± 1.00 |" in text
     assert "- uniform at 0.5, seed 0: InfeasibleError: too little" in text
     assert "| 0.5 | tuned | halp | 2 | +20.00 | " in text
