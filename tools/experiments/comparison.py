@@ -21,6 +21,7 @@ import halp_fx
 from halp_fx.errors import InfeasibleError, InputError
 from halp_fx.latency import Source, measure_paired
 from halp_fx.passes.latency import price
+from halp_fx.tools.experiments.accuracy_task import to_latency
 from halp_fx.tools.experiments.task import Task
 from halp_fx.tools.experiments.training import Recipe, train
 from halp_fx.tools.profiler import groups_of
@@ -38,6 +39,7 @@ METHODS: dict[str, Mapping[str, Any]] = {
 # run slowly: the best of these is taken, so that it is not held to be worse than it is.
 _ROUNDINGS: dict[str, tuple[int | None, ...]] = {"uniform": (None, 4, 1)}
 _DENSE = "dense"
+_TRIES = 5  # networks that are made to find one at the latency
 _ROUNDS = 25  # pairs of samples for the latencies that are reported
 _ATTEMPTS = 5  # how often they are taken while the machine is busy with something else
 _STEADY = 0.05  # relative spread
@@ -228,25 +230,37 @@ class _Run:
         return _ROUNDINGS.get(str(options["solver"]), (None,))
 
     def _best(self, tries: Sequence[Mapping[str, Any]]) -> nn.Module:
-        """The network that keeps most of the saliency, among those within the budget if any is."""
-        found: list[tuple[bool, float, nn.Module]] = []
+        """The network that keeps most of the saliency, among those within the budget if any is.
+
+        It is brought to the latency, since widths of wide steps may end far below it.
+        """
+        found: list[tuple[bool, float, nn.Module, Mapping[str, Any]]] = []
         failed: InfeasibleError | None = None
         for options in tries:
             try:
-                network = self._compiled(options)
+                network = self._compiled(options, 1 / self.speedup)
             except InfeasibleError as error:
                 failed = error
                 continue
             plan = halp_fx.plan_of(network)
-            found.append((bool(plan.report.get("met", True)), plan.value, network))
+            found.append((bool(plan.report.get("met", True)), plan.value, network, options))
         if not found and failed is not None:
             raise InfeasibleError(
                 f"{self.method} can't make the network {self.speedup:g} times as fast: {failed}",
                 failed.least,
             ) from failed
-        return max(found, key=lambda one: one[:2])[2]
+        _, _, first, chosen = max(found, key=lambda one: one[:2])
+        made = [first]  # for the first knob there is one already
+        nearest = to_latency(
+            lambda share: made.pop() if made else self._compiled(chosen, share),
+            _share,
+            1 / self.speedup,
+            start=1 / self.speedup,
+            tries=_TRIES,
+        )
+        return first if nearest is None else nearest[1]
 
-    def _compiled(self, options: Mapping[str, Any]) -> nn.Module:
+    def _compiled(self, options: Mapping[str, Any], share: float) -> nn.Module:
         prune = self._tell("prune")
 
         def tell(stage: str, done: int, total: int) -> None:
@@ -254,7 +268,7 @@ class _Run:
                 prune(done, total)
 
         return halp_fx.compile(
-            self.dense.eval(), halp_fx.Budget(share=1 / self.speedup), self.task.example(),
+            self.dense.eval(), halp_fx.Budget(share=share), self.task.example(),
             latency=self.source, progress=tell, **options,
         )  # fmt: skip
 
@@ -301,6 +315,14 @@ class _Run:
     def _tell(self, what: str) -> Callable[[int, int], None]:
         name = f"{self.method} {self.speedup:g}x seed {self.seed}: {what}"
         return lambda done, total: self.progress(name, done, total)
+
+
+def _share(network: nn.Module) -> float:
+    """Of the dense latency, as measured, or by the table where nothing was."""
+    plan = halp_fx.plan_of(network)
+    if "measured_ms" in plan.report:
+        return float(plan.report["measured_ms"] / plan.report["measured_dense_ms"])
+    return plan.predicted_ms / plan.dense_ms
 
 
 def _key(method: str, speedup: float, seed: int, settings: Mapping[str, Any]) -> tuple[Any, ...]:
