@@ -117,7 +117,8 @@ def test_it_trains_and_cuts_as_a_loop_by_hand(accumulate: int, clip: float | Non
     pruner, optimizer = _by_hand(10, accumulate, clip)
     assert pruning.pruner is not None and pruning.pruner.done
     assert module.model is pruning.network
-    assert pruning.network.get_parameter("0.weight").shape[0] < 8
+    sizes = [sum(p.numel() for p in net.parameters()) for net in (pruning.network, network())]
+    assert sizes[0] < sizes[1]
     _same(pruner.network, pruning.network)
     assert trainer.optimizers[0].param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] < 1e-2
     assert {id(p) for p in module.parameters()} == set(
@@ -132,7 +133,7 @@ def test_it_trains_and_cuts_as_a_loop_by_hand(accumulate: int, clip: float | Non
         pytest.param(5, {}, id="between milestones"),
         pytest.param(8, {}, id="done"),
         pytest.param(5, {"soft": True, "steps": 4}, id="soft"),
-        pytest.param(5, {"budget": 0.12, "min_share": 0.3}, id="branches dropped"),
+        pytest.param(5, {"budget": 0.3, "min_share": 0.7}, id="branches dropped"),
     ],
 )
 def test_a_stopped_run_resumes_bit_for_bit(stop: int, options: Any, tmp_path: Path) -> None:
