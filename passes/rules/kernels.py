@@ -119,8 +119,11 @@ def remainder(part: Part, gone: Collection[str]) -> Part | None:
     if not work:
         return None
     # What comes after reads the result so far, as in a kernel that is joined.
-    reads = (*work[0].reads, *(spec for item in work[1:] for spec in item.reads[1:]))
-    return Part(nodes, work, reads, work[-1].writes)
+    reads = [*work[0].reads, *(spec for item in work[1:] for spec in item.reads[1:])]
+    lost = [spec for item in part.work if item.node in gone for spec in item.writes]
+    if lost and lost[-1] in reads:
+        reads.remove(lost[-1])  # a constant of a few numbers takes its place
+    return Part(nodes, work, tuple(reads), work[-1].writes)
 
 
 def _specs(value: Any) -> Iterable[TensorSpec]:
