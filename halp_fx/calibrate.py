@@ -26,6 +26,7 @@ __all__ = ["calibrate", "random_plan"]
 
 _LEAST_SHARE = 0.1
 _ROUNDS = 7  # samples of each network, in turn with the dense one
+_BOUTS = 2  # of them, each network prepared first once
 
 
 def calibrate(
@@ -78,7 +79,9 @@ def calibrate(
     for done in range(1, total + 1):
         plan = random_plan(groups, costs, generator)
         pruned = rewrite(plan).eval()
-        before, after = measure_paired(dense, pruned, backend, inputs, inputs, rounds=_ROUNDS)
+        before, after = measure_paired(
+            dense, pruned, backend, inputs, inputs, rounds=_ROUNDS, bouts=_BOUTS
+        )
         kept = [len(units) for units in plan.units]
         sums.append(refine(groups, source, costs, kept).total_ms(kept))
         sizes.append(_megabytes(weights, kept))

@@ -21,8 +21,7 @@ from halp_fx.latency import Source, Stored, resolve_backend
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import price, refine
 from halp_fx.passes.rewrite import rewrite
-from halp_fx.passes.rules.counts import mac_counts, parameter_counts, total
-from halp_fx.passes.rules.memory import memory_moments, peak
+from halp_fx.passes.rules.limits import dense_counts
 from halp_fx.passes.rules.scope import Scope, Selection, scope_of
 from halp_fx.passes.rules.widths import Widths
 from halp_fx.passes.saliency import score
@@ -165,7 +164,7 @@ class Prepared:
             among: units to choose from.
             also_ms: most of the further latencies, where it is not what was asked for at first.
         """
-        dense = _counts(self.groups) if limit.further else {}
+        dense = dense_counts(self.groups) if limit.further else {}
         counts = limit.counts(*dense.values()) if dense else {}
         limits = {name: target_at(dense[name], most, done) for name, most in counts.items()}
         most_ms = also_ms if also_ms is not None else [other.most_ms for other in self.also]
@@ -407,13 +406,3 @@ def _in_scope(groups: ChannelGroups, scope: Scope | None) -> ChannelGroups:
     if scope is None:
         return groups
     return replace(groups, branches=tuple(b for b in groups.branches if not scope.holds(b.tensors)))
-
-
-def _counts(groups: ChannelGroups) -> dict[str, int]:
-    """What may be limited besides the latency, of the dense network, in the order of `Budget`."""
-    dense = groups.dense_units
-    return {
-        "params": total(parameter_counts(groups), dense),
-        "macs": total(mac_counts(groups), dense),
-        "memory": peak(memory_moments(groups), dense)[0],
-    }

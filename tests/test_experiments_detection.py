@@ -6,17 +6,19 @@ import csv
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer
+from torch import nn
 from typer.testing import CliRunner, Result
 
 pytest.importorskip("torchvision")
 pytest.importorskip("PIL")
 
 import halp_fx
-from halp_fx.errors import InputError
+from halp_fx.errors import InfeasibleError, InputError
 from halp_fx.latency import OnnxRuntime, Source, Timing
 from halp_fx.tools.console import HalpCommands
 from halp_fx.tools.experiments import comparison
@@ -189,3 +191,37 @@ def test_the_steadiest_of_several_measurements_counts(
     )  # fmt: skip
     assert run._measured(task.network()) == (6.0, 3.0, 0.5)
     assert next(measured, None) is None
+
+
+def _network(value: float, share: float) -> nn.Module:
+    network = nn.Identity()
+    plan = SimpleNamespace(value=value, predicted_ms=share, dense_ms=1.0, report={})
+    network.meta = {"halp_fx": plan}  # type: ignore[assignment]
+    return network
+
+
+def test_each_rounding_is_brought_to_the_latency(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Segmentation(data, batch=4)
+    run = comparison._Run(
+        task, task.network(), tmp_path, "uniform", 2.0, 0, Settings(Recipe(0, 1e-3)),
+        Source(OnnxRuntime(), None), lambda *_: None,
+    )  # fmt: skip
+
+    def compiled(_: Any, options: Any, share: float) -> nn.Module:
+        # The first has wide steps; the second gets to a half when it is asked for 0.6.
+        if options["round_to"] is None:
+            return _network(5.0 * share, 0.4 if share < 0.55 else 0.8)
+        return _network(9.0 * share, share - 0.1)
+
+    monkeypatch.setattr(comparison._Run, "_compiled", compiled)
+    best = run._best([{"round_to": None}, {"round_to": 1}])
+    assert halp_fx.plan_of(best).predicted_ms == pytest.approx(0.5, rel=0.02)
+    with pytest.raises(InfeasibleError, match="can't make the network 2 times as fast: too wide"):
+
+        def never(*_: Any) -> nn.Module:
+            raise InfeasibleError("too wide", 0.7)
+
+        monkeypatch.setattr(comparison._Run, "_compiled", never)
+        run._best([{"round_to": 1}])

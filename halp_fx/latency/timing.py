@@ -2,12 +2,13 @@
 
 One sample is a block of calls that takes at least a millisecond or so. Kernels are sampled in
 small batches, round-robin in random order, so that a slow moment is spread over all of them. A
-sentinel, one small convolution, is timed in each round; when it drifts from its running median,
-the machine was busy with something else, and the batch is measured again.
+sentinel, one small convolution, is timed in each round.
 
 What counts are ratios within a round, of a kernel to the sentinel or of one network to another:
 what makes a machine slower for a while cancels in them, and their median repeats several times
-better than the ratio of two medians.
+better than the ratio of two medians. Not all of it cancels: a neighbour that slows arithmetic by
+a third may slow copying by a tenth. So rounds in which the sentinel was slow don't count where
+there are enough others, and a batch that had too few is measured again after all the others.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,12 +37,12 @@ __all__ = ["measure_jobs", "measure_network", "measure_paired"]
 _log = logging.getLogger(__name__)
 
 _BATCH = 12  # kernels alive at a time
-_MAX_DRIFT = 0.25  # of the sentinel from its running median
-_MAX_REDOS = 2
+_QUIET = 1.1  # times its least that the sentinel takes at most while the machine is quiet
+_MAX_REDOS = 2  # times that a batch is measured again, since the machine was busy
 _UNCERTAINTY = 0.02  # of a median, at which a kernel has been sampled enough
 _MAX_PAIRED_EXTENSIONS = 3  # the same for two networks
 _MAX_EXTENSIONS = 2  # times that the samples of an uncertain kernel are taken again
-_SENTINEL_MEMORY = 15  # times that its running median is taken over
+_SENTINEL_MEMORY = 2000  # times that its least is taken from
 _WARM_UP_CALLS = 3
 _WARM_UP_MS = 200.0  # a call longer than this warms up by itself
 _MAX_CALLS = 1_000_000  # of a block; a kernel that does nothing would never fill one
@@ -90,21 +91,49 @@ def measure_jobs(
         return
     order = random.Random(seed)
     order.shuffle(todo)
+    turns = [_Turn(todo[start : start + _BATCH]) for start in range(0, len(todo), _BATCH)]
     done = len(by_key) - len(todo)
+
+    def tell(turn: _Turn) -> None:
+        nonlocal done
+        turn.told = True
+        for job in turn.jobs:
+            done += 1
+            if progress is not None:
+                progress(done, len(by_key), job.key)
+
     with _preserved():
         sentinel = _Sentinel(backend)
-        reference_ms = table.reference_ms(fingerprint, sentinel.usual_ms)
-        for start in range(0, len(todo), _BATCH):
-            batch = todo[start : start + _BATCH]
-            # Another process may have been measuring into the same table meanwhile.
-            missing = [job for job in batch if table.get(job.key, fingerprint) is None]
-            timings = _measure_batch(missing, backend, sentinel, order, reference_ms)
-            known = {job.key: timing for job, timing in zip(missing, timings, strict=True)}
-            table.put_all(known, fingerprint)
-            for job in batch:
-                done += 1
-                if progress is not None:
-                    progress(done, len(by_key), job.key)
+        sentinel.reference_ms = table.reference_ms(fingerprint, sentinel.least_ms)
+        pending = turns
+        while pending:
+            for turn in pending:
+                # Another process may have been measuring into the same table meanwhile.
+                missing = turn.jobs
+                if not turn.tries:
+                    missing = [job for job in turn.jobs if table.get(job.key, fingerprint) is None]
+                timings, sentinel_ms = _measure_batch(missing, backend, sentinel, order)
+                if sentinel_ms < turn.sentinel_ms:
+                    known = zip((job.key for job in missing), timings, strict=True)
+                    table.put_all(dict(known), fingerprint)
+                    turn.sentinel_ms = sentinel_ms
+                turn.tries += 1
+                if not turn.told and (turn.tries > _MAX_REDOS or not sentinel.was_busy(turn)):
+                    tell(turn)
+            busy = [turn for turn in turns if sentinel.was_busy(turn)]
+            pending = [turn for turn in busy if turn.tries <= _MAX_REDOS]
+            for turn in turns:
+                if not turn.told and turn not in pending:
+                    tell(turn)
+    if busy:
+        _log.warning(
+            "the machine is unsteady: %d of %d kernels were measured while a reference kernel took "
+            "up to %.0f %% longer than at best; close other programs or fix the clock rate for "
+            "better measurements",
+            sum(len(turn.jobs) for turn in busy),
+            len(todo),
+            100 * (max(turn.sentinel_ms for turn in busy) / sentinel.quiet_ms - 1),
+        )
 
 
 def measure_network(
@@ -141,12 +170,13 @@ def measure_paired(
     inputs_b: tuple[Any, ...],
     *,
     rounds: int = 15,
+    bouts: int = 1,
     min_sample_ms: float | None = None,
 ) -> tuple[Timing, Timing]:
     """How long two networks take, sampled in turn so that both see the same machine.
 
     The median of the second is that of the first times the median ratio of the two within a
-    round, and its spread that of the ratio.
+    round, and its spread that of the ratio. With several bouts the median of their ratios counts.
 
     Args:
         a: the one network; left as it is.
@@ -154,113 +184,135 @@ def measure_paired(
         backend: what runs them.
         inputs_a: positional arguments of a.
         inputs_b: positional arguments of b.
-        rounds: samples of each; up to four times as many while the ratio is uncertain by more
-            than 2 %.
+        rounds: samples of each in a bout; up to four times as many while the ratio is uncertain
+            by more than 2 %.
+        bouts: times that both are prepared anew, b first every other time: where their memory lies
+            and which was first can make a difference of 2 % that no number of samples takes away.
         min_sample_ms: least length of a sample; None: the back-end's own setting.
 
     Raises:
-        LatencyError: a network can't be run by the back-end, or there are no rounds.
+        LatencyError: a network can't be run by the back-end, or there are no rounds or bouts.
     """
+    if bouts < 1:
+        raise LatencyError(f"{bouts} bouts asked for: take at least one")
     least = _min_sample_ms(backend, min_sample_ms)
     order = random.Random(0)  # who follows whom matters by a percent or two
+    both = [(a, inputs_a), (b, inputs_b)]
+    firsts: list[float] = []
+    ratios: list[list[float]] = []
     with _preserved():
-        probes = [_probe(backend, a, inputs_a, least), _probe(backend, b, inputs_b, least)]
-        first, second = _round_robin(backend, probes, rounds, order)
-        for _ in range(_MAX_PAIRED_EXTENSIONS):
-            if _uncertainty(_relative(second, first)) <= _UNCERTAINTY:
-                break
-            for known, more in zip(
-                (first, second), _round_robin(backend, probes, rounds, order), strict=True
-            ):
-                known.extend(more)
-    one = _timing(first)
-    return one, _timing([one.median_ms * ratio for ratio in _relative(second, first)])
+        for bout in range(bouts):
+            swapped = bout % 2 == 1
+            probes = [_probe(backend, *one, least) for one in (both[::-1] if swapped else both)]
+            first, second = _paired(backend, probes[::-1] if swapped else probes, rounds, order)
+            firsts += first
+            ratios.append(_relative(second, first))
+            del probes  # or those of two bouts were in memory at once
+    one = _timing(firsts)
+    ratio = statistics.median(statistics.median(bout) for bout in ratios)
+    other = _timing([one.median_ms * r for bout in ratios for r in bout])
+    return one, replace(other, median_ms=one.median_ms * ratio)
+
+
+def _paired(
+    backend: Backend, probes: Sequence[_Probe], rounds: int, order: random.Random
+) -> list[list[float]]:
+    """Samples of two probes, more of them while their ratio is uncertain."""
+    first, second = _round_robin(backend, probes, rounds, order)
+    for _ in range(_MAX_PAIRED_EXTENSIONS):
+        if _uncertainty(_relative(second, first)) <= _UNCERTAINTY:
+            break
+        more = _round_robin(backend, probes, rounds, order)
+        first += more[0]
+        second += more[1]
+    return [first, second]
+
+
+@dataclass(eq=False)
+class _Turn:
+    """Kernels that are measured together."""
+
+    jobs: Sequence[Job]
+    tries: int = 0
+    sentinel_ms: float = math.inf  # of the rounds that count, in the best try
+    told: bool = False
 
 
 class _Sentinel:
-    """A small convolution whose time tells whether the machine is as it was."""
+    """A small convolution whose time tells whether the machine is busy with something else."""
 
     def __init__(self, backend: Backend) -> None:
         convolution = nn.Conv2d(16, 16, 3, padding=1).eval()
         least = _min_sample_ms(backend, None)
         self.probe = _probe(backend, convolution, (torch.randn(1, 16, 28, 28),), least)
+        self.reference_ms = math.inf  # what it took when the table was begun
         self._history: deque[float] = deque(maxlen=_SENTINEL_MEMORY)
         for block in _round_robin(backend, [self.probe], _samples(backend, None), None):
             self._history.extend(block)
 
     @property
-    def usual_ms(self) -> float:
-        """The running median."""
-        return statistics.median(self._history)
+    def least_ms(self) -> float:
+        """What it takes at best: the tenth percentile, since single samples can be too short."""
+        return float(np.percentile(self._history, 10))
 
-    def drift(self, ms: float) -> float:
-        """Relative distance of a time from the running median."""
-        usual = self.usual_ms
-        return abs(ms - usual) / usual if usual > 0 else 0.0
+    @property
+    def quiet_ms(self) -> float:
+        """What it takes on a quiet machine, as far as is known by now."""
+        return min(self.least_ms, self.reference_ms)
 
-    def record(self, ms: float) -> None:
-        """Let a time count; also one that drifted, or a lasting change would never be followed."""
-        self._history.append(ms)
+    def was_busy(self, turn: _Turn) -> bool:
+        """Whether the machine was, by what is known by now."""
+        return turn.sentinel_ms > _QUIET * self.quiet_ms
+
+    def record(self, blocks: Sequence[float]) -> None:
+        """Let more of its times count."""
+        self._history.extend(blocks)
 
 
 def _measure_batch(
-    jobs: Sequence[Job],
-    backend: Backend,
-    sentinel: _Sentinel,
-    order: random.Random,
-    reference_ms: float,
-) -> list[Timing]:
-    """Timings of a few kernels, from the attempt in which the sentinel drifted least.
+    jobs: Sequence[Job], backend: Backend, sentinel: _Sentinel, order: random.Random
+) -> tuple[list[Timing], float]:
+    """Timings of a few kernels, and the sentinel's in the rounds that they were taken from.
 
     A machine may be slower in one round than in another, and today than when the table was begun:
-    times are given as if the sentinel took `reference_ms` in each.
+    times are given as if the sentinel took `reference_ms` in each. Kernels whose median is still
+    uncertain are sampled again.
     """
     if not jobs:
-        return []
+        return [], 0.0
     probes = [_job_probe(job, backend) for job in jobs]
-    best: list[list[float]] = []
-    least_drift = math.inf
-    for _ in range(1 + _MAX_REDOS):
-        sampled, ms = _sampled_by(backend, probes, sentinel, order, reference_ms)
-        drift = sentinel.drift(ms)
-        sentinel.record(ms)
-        if drift < least_drift:
-            best, least_drift = sampled, drift
-        if drift <= _MAX_DRIFT:
-            break
-    else:
-        _log.warning(
-            "the machine is unsteady: a reference kernel drifts by %.0f %%; close other programs "
-            "or fix the clock rate for better measurements",
-            100 * least_drift,
-        )
-    return [_timing(blocks) for blocks in best]
-
-
-def _sampled_by(
-    backend: Backend,
-    probes: Sequence[_Probe],
-    sentinel: _Sentinel,
-    order: random.Random,
-    reference_ms: float,
-) -> tuple[list[list[float]], float]:
-    """Samples as if the sentinel took `reference_ms` in each round, and what it took.
-
-    Kernels whose median is still uncertain are sampled again.
-    """
-    found: list[list[float]] = [[] for _ in probes]
-    ticks: list[float] = []
+    samples = _samples(backend, None)
+    found: list[list[tuple[float, float]]] = [[] for _ in probes]  # (ratio, the sentinel's time)
+    counted: list[list[tuple[float, float]]] = found
     unsure = list(range(len(probes)))
     for _ in range(1 + _MAX_EXTENSIONS):
         turns = [*(probes[k] for k in unsure), sentinel.probe]
-        *sampled, clock = _round_robin(backend, turns, _samples(backend, None), order)
-        ticks += clock
+        *sampled, clock = _round_robin(backend, turns, samples, order)
+        sentinel.record(clock)
         for k, blocks in zip(unsure, sampled, strict=True):
-            found[k] += [reference_ms * ratio for ratio in _relative(blocks, clock)]
-        unsure = [k for k, blocks in enumerate(found) if _uncertainty(blocks) > _UNCERTAINTY]
+            found[k] += zip(_relative(blocks, clock), clock, strict=False)
+        counted = [_quiet(rounds, sentinel.quiet_ms, (samples + 1) // 2) for rounds in found]
+        unsure = [
+            k for k, rounds in enumerate(counted) if _uncertainty(_firsts(rounds)) > _UNCERTAINTY
+        ]
         if not unsure:
             break
-    return found, statistics.median(ticks)
+    timings = [
+        _timing([sentinel.reference_ms * ratio for ratio in _firsts(rounds)]) for rounds in counted
+    ]
+    return timings, statistics.median(ms for rounds in counted for _, ms in rounds)
+
+
+def _quiet(
+    rounds: list[tuple[float, float]], quiet_ms: float, least: int
+) -> list[tuple[float, float]]:
+    """The rounds in which the machine was quiet, or all where those are too few."""
+    found = [pair for pair in rounds if pair[1] <= _QUIET * quiet_ms]
+    return found if len(found) >= least else rounds
+
+
+def _firsts(pairs: Sequence[tuple[float, float]]) -> list[float]:
+    return [first for first, _ in pairs]
 
 
 def _relative(blocks: Sequence[float], others: Sequence[float]) -> list[float]:

@@ -11,8 +11,7 @@ import numpy as np
 
 from halp_fx.budget import Budget
 from halp_fx.latency import Source
-from halp_fx.passes.rules.counts import mac_counts, parameter_counts, total
-from halp_fx.passes.rules.memory import memory_moments, peak
+from halp_fx.passes.rules.limits import dense_counts
 from halp_fx.passes.rules.plan import kept_indices
 from halp_fx.passes.rules.widths import GroupWidths, Widths
 from halp_fx.passes.select import select
@@ -121,13 +120,8 @@ class Chooser:
         """(name, dense count, limit) of what is limited besides the latency."""
         if not self.budget.further:
             return []
-        dense = self.groups.dense_units
-        counts = {
-            "params": total(parameter_counts(self.groups), dense),
-            "macs": total(mac_counts(self.groups), dense),
-            "memory": peak(memory_moments(self.groups), dense)[0],
-        }
-        limits = self.budget.counts(counts["params"], counts["macs"], counts["memory"])
+        counts = dense_counts(self.groups)
+        limits = self.budget.counts(*counts.values())
         return [(name, counts[name], limit) for name, limit in limits.items()]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from halp_fx.errors import InputError
+from halp_fx.stepwise import target_at
 
 __all__ = ["Schedule", "check_schedule", "limit_at"]
 
@@ -68,4 +69,4 @@ def limit_at(
         return dense + (target - dense) * float(schedule(share))
     if schedule == "linear":
         return dense + (target - dense) * share
-    return float(dense * (target / dense) ** share)
+    return target_at(dense, target, share)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -134,20 +133,13 @@ class Task:
     def measured(self, network: nn.Module, bouts: int = _BOUTS) -> tuple[float, float]:
         """Milliseconds of the dense network and of this one, sampled in turn.
 
-        In each bout the median ratio of neighbouring samples counts, and over bouts the median of
-        those. Every other bout begins with the other network, since the one that was prepared
-        first can be slower by 2 %.
+        The median ratio over bouts counts, in which both are prepared anew.
         """
-        inputs, backend = (self.example,), self.source.backend
-        dense_ms, ratios = [], []
-        for bout in range(bouts):
-            nets = (network, self.dense) if bout % 2 else (self.dense, network)
-            timings = measure_paired(*nets, backend, inputs, inputs, rounds=_ROUNDS)
-            other, dense = timings if bout % 2 else timings[::-1]
-            dense_ms.append(dense.median_ms)
-            ratios.append(other.median_ms / dense.median_ms)
-        typical = statistics.median(dense_ms)
-        return typical, typical * statistics.median(ratios)
+        inputs = (self.example,)
+        dense, pruned = measure_paired(
+            self.dense, network, self.source.backend, inputs, inputs, rounds=_ROUNDS, bouts=bouts
+        )
+        return dense.median_ms, pruned.median_ms
 
     def share_of(self, network: nn.Module, budget: float) -> float:
         """Measured share of the dense latency; with more care where it is near the budget."""

@@ -230,35 +230,30 @@ class _Run:
         return _ROUNDINGS.get(str(options["solver"]), (None,))
 
     def _best(self, tries: Sequence[Mapping[str, Any]]) -> nn.Module:
-        """The network that keeps most of the saliency, among those within the budget if any is.
-
-        It is brought to the latency, since widths of wide steps may end far below it.
-        """
-        found: list[tuple[bool, float, nn.Module, Mapping[str, Any]]] = []
+        """The network that keeps most of the saliency, each rounding brought to the latency."""
+        found: list[nn.Module] = []
         failed: InfeasibleError | None = None
+        budget = 1 / self.speedup
         for options in tries:
-            try:
-                network = self._compiled(options, 1 / self.speedup)
-            except InfeasibleError as error:
-                failed = error
-                continue
-            plan = halp_fx.plan_of(network)
-            found.append((bool(plan.report.get("met", True)), plan.value, network, options))
-        if not found and failed is not None:
+
+            def make(share: float, options: Mapping[str, Any] = options) -> nn.Module:
+                nonlocal failed
+                try:
+                    return self._compiled(options, share)
+                except InfeasibleError as error:
+                    failed = error
+                    raise
+
+            nearest = to_latency(make, _share, budget, start=budget, tries=_TRIES)
+            if nearest is not None:
+                found.append(nearest[1])
+        if not found:
+            why = "" if failed is None else f": {failed}"
             raise InfeasibleError(
-                f"{self.method} can't make the network {self.speedup:g} times as fast: {failed}",
-                failed.least,
+                f"{self.method} can't make the network {self.speedup:g} times as fast{why}",
+                budget if failed is None else failed.least,
             ) from failed
-        _, _, first, chosen = max(found, key=lambda one: one[:2])
-        made = [first]  # for the first knob there is one already
-        nearest = to_latency(
-            lambda share: made.pop() if made else self._compiled(chosen, share),
-            _share,
-            1 / self.speedup,
-            start=1 / self.speedup,
-            tries=_TRIES,
-        )
-        return first if nearest is None else nearest[1]
+        return max(found, key=lambda network: halp_fx.plan_of(network).value)
 
     def _compiled(self, options: Mapping[str, Any], share: float) -> nn.Module:
         prune = self._tell("prune")
