@@ -15,7 +15,7 @@ from halp_fx.latency import (
     measure_network,
     measure_paired,
 )
-from halp_fx.passes.latency import network_key, price, refine
+from halp_fx.passes.latency import measure_widths, network_key, price, refine
 from halp_fx.passes.rewrite import rewrite
 from halp_fx.passes.rules.counts import Count, parameter_counts, total
 from halp_fx.passes.rules.plan import kept_indices
@@ -50,7 +50,7 @@ def calibrate(
         networks: random networks to fit on; the dense one is fitted besides.
         held_out: random networks to check the fit on.
         seed: of the widths.
-        progress: called with how many networks are measured and how many there are.
+        progress: called with how many kernels and networks are measured, and how many there are.
 
     Raises:
         InputError: there are no networks to fit on, or none to check.
@@ -70,24 +70,33 @@ def calibrate(
         )
     costs = price(groups, source, calibrated=False)
     dense, inputs = groups.traced.module, groups.traced.example_inputs
+    total = networks + held_out
+    generator = np.random.default_rng(seed)
+    plans = [random_plan(groups, costs, generator) for _ in range(total)]
+    choices = [[len(units) for units in plan.units] for plan in plans]
+    kernels = 0
+
+    def tell(done: int, measured: int) -> None:
+        nonlocal kernels
+        kernels = measured
+        if progress is not None:
+            progress(done, kernels + total)
+
+    measure_widths(groups, source, costs, choices, progress=tell)
     usual_ms = measure_network(dense, inputs, backend, samples=_ROUNDS).median_ms
     weights = parameter_counts(groups)
     sums, times = [costs.dense_ms], [usual_ms]
     sizes = [_megabytes(weights, groups.dense_units)]
-    generator = np.random.default_rng(seed)
-    total = networks + held_out
-    for done in range(1, total + 1):
-        plan = random_plan(groups, costs, generator)
+    for done, (plan, kept) in enumerate(zip(plans, choices, strict=True), start=1):
         pruned = rewrite(plan).eval()
         before, after = measure_paired(
             dense, pruned, backend, inputs, inputs, rounds=_ROUNDS, bouts=_BOUTS
         )
-        kept = [len(units) for units in plan.units]
         sums.append(refine(groups, source, costs, kept).total_ms(kept))
         sizes.append(_megabytes(weights, kept))
         times.append(after.median_ms * usual_ms / before.median_ms)
         if progress is not None:
-            progress(done, total)
+            progress(kernels + done, kernels + total)
     found = fit_calibration(sums, times, sizes, held_out=held_out)
     table.put_calibration(network_key(groups, backend.fuses), backend.fingerprint(), found)
     return found

@@ -21,7 +21,7 @@ from halp_fx.passes.rules.grids import Grid, Kept, Probe, probes, steps_of
 from halp_fx.passes.rules.kernels import Part, axes_of, kernel_parts, remainder, roofline
 from halp_fx.types import ChannelGroups, Extent, Kernel, LatencyModel
 
-__all__ = ["measurements", "network_key", "price", "refine", "weight_costs"]
+__all__ = ["measure_widths", "measurements", "network_key", "price", "refine", "weight_costs"]
 
 Progress = Callable[[int, int], None]
 
@@ -110,14 +110,9 @@ def refine(
     backend, table = source.backend, source.table
     if isinstance(backend, Analytic | Stored) or table is None:
         return model
+    measure_widths(groups, source, model, [kept], progress=progress)
     units = dict(enumerate(kept))
-    keys = {
-        k: signature(groups, kernel.nodes, units)
-        for k, kernel in enumerate(model.kernels)
-        if _can_refine(kernel, kept)
-    }
-    jobs = [Job(key, _builder(groups, model.kernels[k].nodes, units)) for k, key in keys.items()]
-    measure_jobs(jobs, backend, table, progress=_counting(progress))
+    keys = _keys(groups, model, units)
     fingerprint = backend.fingerprint()
     kernels = list(model.kernels)
     for k, key in keys.items():
@@ -127,6 +122,42 @@ def refine(
             sizes = [int(axis.size(units)) for axis in kernels[k].axes]
             kernels[k] = replace(kernels[k], cost=cost.with_point(sizes, timing.median_ms))
     return replace(model, kernels=tuple(kernels))
+
+
+def measure_widths(
+    groups: ChannelGroups,
+    source: Source,
+    model: LatencyModel,
+    choices: Sequence[Sequence[int]],
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Measure the kernels at several choices of widths, in one go.
+
+    In random order over all of them, so that a slow hour of the machine is no matter of one choice.
+
+    Args:
+        source: a back-end that measures, and its table.
+        model: what `price` or `refine` gave for these groups and this source.
+        choices: units kept in each group, for each choice.
+    """
+    assert source.table is not None
+    jobs = []
+    for kept in choices:
+        units = dict(enumerate(kept))
+        for k, key in _keys(groups, model, units).items():
+            jobs.append(Job(key, _builder(groups, model.kernels[k].nodes, units)))
+    measure_jobs(jobs, source.backend, source.table, progress=_counting(progress))
+
+
+def _keys(groups: ChannelGroups, model: LatencyModel, units: Mapping[int, int]) -> dict[int, str]:
+    """Number of a kernel -> its key in a table, of those that can be measured at these widths."""
+    kept = list(units.values())
+    return {
+        k: signature(groups, kernel.nodes, units)
+        for k, kernel in enumerate(model.kernels)
+        if _can_refine(kernel, kept)
+    }
 
 
 def _can_refine(kernel: Kernel, kept: Sequence[int]) -> bool:

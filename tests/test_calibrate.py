@@ -159,7 +159,9 @@ def test_networks_of_random_widths_are_measured_whole() -> None:
     bare = price(groups, source)
     seen: list[tuple[int, int]] = []
     found = calibrate(groups, source, networks=6, held_out=3, progress=lambda *a: seen.append(a))
-    assert seen == [(k, 9) for k in range(1, 10)]
+    first, count = seen[0]
+    assert 1 < first < count - 9  # some kernels were in the table already
+    assert seen == [(k, count) for k in range(first, count + 1)]
     assert found.scale == pytest.approx(2.0, rel=0.05)
     assert found.offset_ms == pytest.approx(5000, rel=0.1)
     assert found.worst_error < 0.02
