@@ -22,8 +22,10 @@ from halp_fx.types import ChannelGroups, FloatArray, Group, Plan, Saliency
 
 __all__ = ["BY_GRADIENTS", "score", "score_survivors"]
 
-BY_GRADIENTS = ("fisher", "taylor")
+# Method -> the exponent of a minibatch's first-order change.
+BY_GRADIENTS = {"taylor1.5": 1.5, "fisher": 2.0, "taylor": 1.0}
 _METHODS = (*BY_GRADIENTS, "magnitude")
+_DEFAULT = "taylor1.5"
 
 _FEW = 4  # units below which a group may be worth nothing: a few dead channels are common
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -44,11 +46,14 @@ def score(
     minibatch: `t = sum over the coupled layers of gamma * dgamma + beta * dbeta` on batch norm,
     or `t = sum of W * dW` over the filters that make the channel where there is none.
 
-    - "fisher", the default: the mean of `t ** 2` over minibatches (Molchanov et al., CVPR 2019,
-      equation 8; of coupled channels Liu et al., *Group Fisher Pruning*, ICML 2021). Near a
-      minimum the mean gradient says little; half of this is the second-order change, with the
-      Fisher information of minibatches for the Hessian. Scores of different groups compare better.
+    - "fisher": the mean of `t ** 2` (Molchanov et al., CVPR 2019, equation 8; of coupled channels
+      Liu et al., *Group Fisher Pruning*, ICML 2021). Half of it is the second-order change near a
+      minimum, with the Fisher information of minibatches for the Hessian.
     - "taylor", HALP's (NeurIPS 2022, section 3.1): the mean of `|t|`.
+    - "taylor1.5", the default: the mean of `|t| ** 1.5`, between the two. All rank the channels of
+      a group much alike; the exponent says how much many small channels count against a few large
+      ones of another group. By the square, much goes that fine-tuning would have needed; by the
+      absolute value, wide layers are kept at the cost of whole stages.
 
     Minibatches whose scores are not finite are left out, group by group.
 
@@ -58,9 +63,9 @@ def score(
     Args:
         data: minibatches `(inputs, target)`; inputs a tensor or a tuple.
         loss: `loss(output, target)` -> scalar tensor.
-        method: "fisher", "taylor", "magnitude", or a callable that takes the groups and returns a
-            dict (group name -> scores) or a list of arrays, one (units,) a group. None: "fisher"
-            with data, else "magnitude".
+        method: "taylor1.5", "fisher", "taylor", "magnitude", or a callable that takes the groups
+            and returns a dict (group name -> scores) or a list of arrays, one (units,) a group.
+            None: "taylor1.5" with data, else "magnitude".
 
     Raises:
         InputError: data without loss, a loss that gives no gradient, a wrong batch.
@@ -83,8 +88,8 @@ def score(
     assert loss is not None
     module = _private_copy(groups.traced.module)
     sources = [_scored_members(groups, g, module) for g in groups.groups]
-    found = _by_gradients(groups, module, sources, data, loss, method == "taylor", progress)
-    return _checked(groups, found, method or "fisher", False)
+    found = _by_gradients(groups, module, sources, data, loss, method or _DEFAULT, progress)
+    return _checked(groups, found, method or _DEFAULT, False)
 
 
 def score_survivors(
@@ -99,7 +104,7 @@ def score_survivors(
     Args:
         network: what the plan was rewritten to; it is left as it is.
         plan: its groups are those of the dense network.
-        method: "fisher" or "taylor"; None: "fisher".
+        method: "taylor1.5", "fisher" or "taylor"; None: "taylor1.5".
 
     Returns:
         One array a group over the units of the dense network: 0 for those that are gone.
@@ -121,14 +126,14 @@ def score_survivors(
             place = own if survivors is None else np.searchsorted(survivors.numpy(), own)
             members.append((name, dim, place))
         sources.append(members)
-    found = _by_gradients(groups, module, sources, data, loss, method == "taylor", None,
+    found = _by_gradients(groups, module, sources, data, loss, method or _DEFAULT, None,
                           [len(units) for units in plan.units])  # fmt: skip
     scores = tuple(np.zeros(n) for n in groups.dense_units)
     for full, units, own in zip(scores, plan.units, found, strict=True):
         full[units] = own
     if not any(full.any() for full in scores):
         raise SaliencyError("the saliency of the pruned network is zero for every unit")
-    return Saliency(scores, method or "fisher", False)
+    return Saliency(scores, method or _DEFAULT, False)
 
 
 def _by_gradients(
@@ -137,11 +142,11 @@ def _by_gradients(
     sources: Sequence[_Sources],
     data: Iterable[Any],
     loss: Loss,
-    absolute: bool,
+    method: str,
     progress: Progress | None,
     units: Sequence[int] | None = None,
 ) -> list[FloatArray]:
-    """Means over minibatches of |t| or t ** 2, one array (units,) a group; see `score`."""
+    """Means over minibatches, one array (units,) a group; see `score`."""
     tensors = dict(named_tensors(module))
     units = groups.dense_units if units is None else units
     # By identity: a tensor may go by several names.
@@ -161,7 +166,7 @@ def _by_gradients(
             batch_score = np.zeros(units[i])
             for name, dim, index in members:
                 batch_score += _sum_of_products(tensors[name], dim, index)
-            batch_score = np.abs(batch_score) if absolute else batch_score**2
+            batch_score = np.abs(batch_score) ** BY_GRADIENTS[method]
             if np.isfinite(batch_score).all():
                 totals[i] += batch_score
                 used[i] += 1

@@ -56,8 +56,9 @@ def _totals(pruner: GradualPruner) -> list[np.ndarray[Any, Any]]:
     ]
 
 
-def test_scores_are_those_of_the_saliency_pass() -> None:
-    pruner, data = _pruner(), batches(3)
+@pytest.mark.parametrize("method", ["taylor1.5", "fisher", "taylor"])
+def test_scores_are_those_of_the_saliency_pass(method: str) -> None:
+    pruner, data = _pruner(saliency=method), batches(3)
     pruner.network.eval()
     optimizer = torch.optim.SGD(pruner.model.parameters(), 0.0)
     for batch in data[:-1]:
@@ -68,8 +69,9 @@ def test_scores_are_those_of_the_saliency_pass() -> None:
     _backward(pruner, data[-1])
     pruner.after_backward()
     groups = find_groups(trace(network(), example()))
-    expected = score(groups, data, nn.functional.cross_entropy)
-    for ours, theirs in zip(_totals(pruner), expected.scores, strict=True):
+    expected = score(groups, data, nn.functional.cross_entropy, method)
+    found = pruner._scores.saliency(plan_of(pruner.network).units)
+    for ours, theirs in zip(found.scores, expected.scores, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
@@ -93,7 +95,7 @@ def test_scores_of_a_cut_network_are_those_of_the_masked_one() -> None:
             for leaf in ("weight", "bias")
         ]
         units = pruner.plan.units[groups[name]]
-        value = torch.stack(products).sum(0).square().detach().numpy()
+        value = (torch.stack(products).sum(0).abs() ** 1.5).detach().numpy()
         assert len(units) < len(value) or name == "0"
         ours = _totals(pruner)[groups[name]]
         np.testing.assert_allclose(ours[units], value[units], rtol=2e-3, atol=1e-12)
@@ -282,6 +284,7 @@ def _stored(value: Any) -> Any:
         pytest.param(5, {"smoothing": 0.9}, id="smoothing"),
         pytest.param(7, {"budget": 0.3, "min_share": 0.7}, id="branches dropped"),
         pytest.param(5, {"saliency": "taylor"}, id="taylor"),
+        pytest.param(5, {"saliency": "fisher"}, id="fisher"),
     ],
 )
 def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(options: Any, stop: int) -> None:

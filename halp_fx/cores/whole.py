@@ -25,7 +25,8 @@ def scores_of_whole(
     Args:
         data: minibatches `(inputs, target)` of the whole model.
         loss: `loss(output, target)` of the whole model's output.
-        method: "fisher" or "taylor", as for `halp_fx.passes.saliency.score`; None: "fisher".
+        method: "taylor1.5", "fisher" or "taylor", as for `halp_fx.passes.saliency.score`; None:
+            the first.
     """
 
     def scores(groups: ChannelGroups) -> list[FloatArray]:
@@ -33,5 +34,5 @@ def scores_of_whole(
         traced = replace(groups.traced, module=whole)
         return list(score(replace(groups, traced=traced), data, loss, method).scores)
 
-    scores.__name__ = method or "fisher"  # for the report
+    scores.__name__ = method or "taylor1.5"  # for the report
     return scores

@@ -49,8 +49,8 @@ def check_saliency(saliency: Any) -> None:
     """Whether it is a score that gradients give."""
     if saliency not in BY_GRADIENTS:
         raise InputError(
-            f"saliency is {saliency!r}: pass 'fisher' or 'taylor', which are taken from the "
-            "gradients of the training loop"
+            f"saliency is {saliency!r}: pass 'taylor1.5', 'fisher' or 'taylor', which are taken "
+            "from the gradients of the training loop"
         )
 
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from halp_fx.errors import InputError, SaliencyError
 from halp_fx.passes.rules.structure import tensor_at
-from halp_fx.passes.saliency import score
+from halp_fx.passes.saliency import BY_GRADIENTS, score
 from halp_fx.training.processes import sum_up
 from halp_fx.types import ChannelGroups, FloatArray, Group, IntArray, Member, Saliency
 
@@ -33,13 +33,12 @@ class _Part:
 class GradientScores:
     """Scores of all units, gathered minibatch by minibatch.
 
-    A minibatch's score is that of `halp_fx.passes.saliency.score`: the square ("fisher") or the
-    absolute value ("taylor", HALP's) of the first-order change of the loss, by the gradients as
-    they are. Minibatches with scores that are not finite are skipped, group by group.
+    They are those of `halp_fx.passes.saliency.score`, by the gradients as they are. Minibatches
+    with scores that are not finite are skipped, group by group.
 
     Args:
         groups: of the dense network.
-        method: "fisher" or "taylor".
+        method: "taylor1.5", "fisher" or "taylor".
         smoothing: None averages the minibatches since the last choice; a number from 0 to below
             1 is the weight of the past in a moving average that goes on over choices.
     """
@@ -97,7 +96,7 @@ class GradientScores:
             if not parts:
                 continue
             value = torch.stack([_products(part) for part in parts]).sum(0) / scale
-            value = value.abs() if self.method == "taylor" else value.square()
+            value = value.abs() ** BY_GRADIENTS[self.method]
             # No branch on the values: that would wait for the device in every step.
             fine = torch.isfinite(value).all()
             new = total.index_select(0, alive) * keep + value * gain

@@ -58,6 +58,10 @@ def _small_batches(task: Task, seed: int) -> Mapping[str, Any]:
     return {"data": task.scoring(seed, batch=8), "loss": task.loss}
 
 
+def _fisher(task: Task, seed: int) -> Mapping[str, Any]:
+    return {**_by_data(task, seed), "saliency": "fisher"}
+
+
 def _halp_taylor(task: Task, seed: int) -> Mapping[str, Any]:
     return {**_by_data(task, seed), "saliency": "taylor"}
 
@@ -170,9 +174,10 @@ METHODS: dict[str, Method] = {
         _peer("tp-taylor-global", "Torch-Pruning, Taylor, global", "taylor", True),
         # The value of each part.
         _method("joint-taylor", "joint, HALP's scores", data=_halp_taylor),
-        _method("halp-fisher", "HALP, our scores", solver="halp"),
+        _method("joint-fisher", "joint, mean squares", data=_fisher),
+        _method("halp-scored", "HALP, our scores", solver="halp"),
         _method("greedy", "greedy on true costs", solver="greedy"),
-        _method("uniform-fisher", "uniform, our scores", solver="uniform", widths=(None, 1, 4, 8)),
+        _method("uniform-scored", "uniform, our scores", solver="uniform", widths=(None, 1, 4, 8)),
         _method("joint-magnitude", "joint, without data", data=_magnitude, seeded=False),
         _method("joint-keep-blocks", "joint, no block dropped", drop_blocks=False),
         _method("joint-candidates", "joint, 8 candidates", candidates=8),
@@ -193,8 +198,8 @@ METHODS: dict[str, Method] = {
 _NAMES = list(METHODS)
 SETS: dict[str, tuple[str, ...]] = {
     "main": tuple(_NAMES[:8]),
-    "parts": ("joint", "halp", *_NAMES[8:18]),
-    "scores": ("joint", *_NAMES[18:]),
+    "parts": ("joint", "halp", *_NAMES[8:19]),
+    "scores": ("joint", *_NAMES[19:]),
 }
 
 
