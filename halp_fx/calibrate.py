@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,7 +13,6 @@ from halp_fx.latency import (
     Source,
     Stored,
     fit_calibration,
-    measure_network,
     measure_paired,
 )
 from halp_fx.passes.latency import measure_widths, network_key, price, refine
@@ -25,8 +25,8 @@ from halp_fx.types import ChannelGroups, IntArray, LatencyModel, Plan
 __all__ = ["calibrate", "random_plan"]
 
 _LEAST_SHARE = 0.1
-_ROUNDS = 7  # samples of each network, in turn with the dense one
-_BOUTS = 2  # of them, each network prepared first once
+_ROUNDS = 7  # samples of each network in a bout, in turn with the dense one
+_BOUTS = 2  # in each both are prepared anew, one of them first
 
 
 def calibrate(
@@ -83,10 +83,9 @@ def calibrate(
             progress(done, kernels + total)
 
     measure_widths(groups, source, costs, choices, progress=tell)
-    usual_ms = measure_network(dense, inputs, backend, samples=_ROUNDS).median_ms
     weights = parameter_counts(groups)
-    sums, times = [costs.dense_ms], [usual_ms]
-    sizes = [_megabytes(weights, groups.dense_units)]
+    sums, sizes = [costs.dense_ms], [_megabytes(weights, groups.dense_units)]
+    shares, dense_ms = [1.0], []
     for done, (plan, kept) in enumerate(zip(plans, choices, strict=True), start=1):
         pruned = rewrite(plan).eval()
         before, after = measure_paired(
@@ -94,9 +93,12 @@ def calibrate(
         )
         sums.append(refine(groups, source, costs, kept).total_ms(kept))
         sizes.append(_megabytes(weights, kept))
-        times.append(after.median_ms * usual_ms / before.median_ms)
+        shares.append(after.median_ms / before.median_ms)
+        dense_ms.append(before.median_ms)
         if progress is not None:
             progress(kernels + done, kernels + total)
+    usual_ms = statistics.median(dense_ms)
+    times = [share * usual_ms for share in shares]
     found = fit_calibration(sums, times, sizes, held_out=held_out)
     table.put_calibration(network_key(groups, backend.fuses), backend.fingerprint(), found)
     return found

@@ -37,7 +37,7 @@ def check_steps(steps: int, data: Any, saliency: Any) -> None:
     Raises:
         InputError: it is no whole number from 1, or there is nothing to score anew by.
     """
-    own = saliency is not None and saliency not in BY_GRADIENTS
+    own = saliency is not None and saliency not in tuple(BY_GRADIENTS)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps is {steps!r}: pass a whole number of at least 1")
     if steps > 1 and (own or data is None):

@@ -17,8 +17,9 @@ from halp_fx.types import Plan
 __all__ = ["Check", "can_measure", "verified"]
 
 _CHOICES = 4  # how often a network is measured; after all but the last it is chosen again
-_ROUNDS = 9  # samples of each network
-_ROUNDS_OF_TIMES = 31  # the same for a budget in milliseconds: what slows all does not cancel
+_BOUTS = 2  # each network prepared first once
+_ROUNDS = 5  # samples of each network in a bout
+_ROUNDS_OF_TIMES = 16  # the same for a budget in milliseconds: what slows all does not cancel
 # By how much a latency may pass the budget at last and count as met: timers repeat no better.
 _TOLERANCE = 0.02
 
@@ -71,6 +72,7 @@ def verified(
             dense, small = measure_paired(
                 traced.module, pruned, check.source.backend, inputs, inputs,
                 rounds=_ROUNDS if check.budget.latency_ms is None else _ROUNDS_OF_TIMES,
+                bouts=_BOUTS,
             )  # fmt: skip
             allowed_ms = check.budget.in_ms(dense.median_ms)
             facts = {

@@ -135,13 +135,15 @@ def measure_widths(
     """Measure the kernels at several choices of widths, in one go.
 
     In random order over all of them, so that a slow hour of the machine is no matter of one choice.
+    Without a table, or a back-end that measures, there is nothing to do.
 
     Args:
-        source: a back-end that measures, and its table.
+        source: the back-end and its table.
         model: what `price` or `refine` gave for these groups and this source.
         choices: units kept in each group, for each choice.
     """
-    assert source.table is not None
+    if isinstance(source.backend, Analytic | Stored) or source.table is None:
+        return
     jobs = []
     for kept in choices:
         units = dict(enumerate(kept))

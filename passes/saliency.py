@@ -20,12 +20,12 @@ from halp_fx.errors import InputError, SaliencyError
 from halp_fx.passes.rules.structure import named_tensors
 from halp_fx.types import ChannelGroups, FloatArray, Group, Plan, Saliency
 
-__all__ = ["BY_GRADIENTS", "score", "score_survivors"]
+__all__ = ["BY_GRADIENTS", "DEFAULT", "score", "score_survivors"]
 
 # Method -> the exponent of a minibatch's first-order change.
 BY_GRADIENTS = {"taylor1.5": 1.5, "fisher": 2.0, "taylor": 1.0}
 _METHODS = (*BY_GRADIENTS, "magnitude")
-_DEFAULT = "taylor1.5"
+DEFAULT = "taylor1.5"  # with data
 
 _FEW = 4  # units below which a group may be worth nothing: a few dead channels are common
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -88,8 +88,8 @@ def score(
     assert loss is not None
     module = _private_copy(groups.traced.module)
     sources = [_scored_members(groups, g, module) for g in groups.groups]
-    found = _by_gradients(groups, module, sources, data, loss, method or _DEFAULT, progress)
-    return _checked(groups, found, method or _DEFAULT, False)
+    found = _by_gradients(groups, module, sources, data, loss, method or DEFAULT, progress)
+    return _checked(groups, found, method or DEFAULT, False)
 
 
 def score_survivors(
@@ -126,14 +126,14 @@ def score_survivors(
             place = own if survivors is None else np.searchsorted(survivors.numpy(), own)
             members.append((name, dim, place))
         sources.append(members)
-    found = _by_gradients(groups, module, sources, data, loss, method or _DEFAULT, None,
+    found = _by_gradients(groups, module, sources, data, loss, method or DEFAULT, None,
                           [len(units) for units in plan.units])  # fmt: skip
     scores = tuple(np.zeros(n) for n in groups.dense_units)
     for full, units, own in zip(scores, plan.units, found, strict=True):
         full[units] = own
     if not any(full.any() for full in scores):
         raise SaliencyError("the saliency of the pruned network is zero for every unit")
-    return Saliency(scores, method or _DEFAULT, False)
+    return Saliency(scores, method or DEFAULT, False)
 
 
 def _by_gradients(

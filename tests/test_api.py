@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -370,6 +371,20 @@ def test_success_leaves_the_model_alone(method: str) -> None:
         assert not storages & {p.data_ptr() for p in pruned.state_dict().values()}
     assert torch.equal(inputs, before)
     assert all(parameter.grad is None for parameter in pruned.parameters())
+
+
+def test_a_saliency_need_not_be_hashable() -> None:
+    @dataclass
+    class Ranks:
+        start: float
+
+        def __call__(self, groups: Any) -> Any:
+            return [np.arange(g.units) + self.start for g in groups.groups]
+
+    pruned = compiled(make_net(), saliency=Ranks(1.0))
+    assert halp_fx.plan_of(pruned).report["saliency"] == "Ranks"
+    with pytest.raises(InputError, match=r"saliency=\['fisher'\] is not known"):
+        compiled(make_net(), saliency=["fisher"])
 
 
 def test_plan_of_a_plain_module() -> None:

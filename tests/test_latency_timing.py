@@ -290,14 +290,102 @@ def test_a_batch_is_measured_again_when_the_machine_was_busy(
     assert (found.median_ms, found.spread_ms, found.samples) == (pytest.approx(10.0), 0.0, 4)
 
 
-def test_a_machine_that_is_slower_on_another_day(table: LatencyTable) -> None:
-    backend = Simulated()
-    measure_jobs([Job("first", lambda: (Fixed(10.0), ()))], backend, table)
-    slower = Simulated(always=1.5)
-    measure_jobs([Job("second", lambda: (Fixed(10.0), ()))], slower, table)
-    found = table.get("second", backend.fingerprint())
+def test_a_machine_that_is_slower_on_another_day(tmp_path: Path) -> None:
+    backend, slower = Simulated(), Simulated(always=1.5)
+    with LatencyTable.open(tmp_path / "table.sqlite") as table:
+        measure_jobs([Job("first", lambda: (Fixed(10.0), ()))], backend, table)
+    with LatencyTable.open(tmp_path / "table.sqlite") as table:
+        measure_jobs([Job("second", lambda: (Fixed(10.0), ()))], slower, table)
+        found = table.get("second", backend.fingerprint())
     assert found is not None
     assert found.median_ms == pytest.approx(10.0)
+    assert _attempts(slower) == 1
+
+
+@dataclass
+class Shared(Simulated):
+    """While a neighbour is busy, the sentinel takes half as long again and kernels a tenth."""
+
+    busy: Callable[[float], bool] = lambda clock_ms: False
+    clock_ms: float = 0.0
+
+    def block_ms(self, run: Callable[[], None], calls: int) -> float:
+        assert isinstance(run, Run)
+        slower = (1.5 if run.sentinel else 1.1) if self.busy(self.clock_ms) else 1.0
+        ms = super().block_ms(run, calls) * slower
+        self.clock_ms += ms
+        return ms
+
+
+def _medians(table: LatencyTable, backend: Backend, count: int) -> dict[str, float]:
+    found = {f"k{i}": table.get(f"k{i}", backend.fingerprint()) for i in range(count)}
+    return {key: timing.median_ms for key, timing in found.items() if timing is not None}
+
+
+@dataclass
+class ByTurns(Shared):
+    """The neighbour is busy in every other round over the kernels."""
+
+    def block_ms(self, run: Callable[[], None], calls: int) -> float:
+        assert isinstance(run, Run)
+        turn = run.sampled
+        self.busy = lambda _: turn >= 0 and turn % 2 == 1
+        return super().block_ms(run, calls)
+
+
+def test_rounds_in_which_the_machine_was_busy_do_not_count(table: LatencyTable) -> None:
+    backend = ByTurns()
+    measure_jobs(Builds(6).jobs, backend, table)
+    assert _medians(table, backend, 6) == {f"k{i}": pytest.approx(1.0 + i) for i in range(6)}
+
+
+def test_what_was_measured_on_a_busy_machine_does_not_outlive_a_kill(tmp_path: Path) -> None:
+    builds = Builds(24)
+    busy = Shared(busy=lambda clock_ms: clock_ms > 100.0)
+    killed = list(builds.jobs)
+    killed[-1] = Job("k23", _broken)
+    path = tmp_path / "table.sqlite"
+    with LatencyTable.open(path) as table, pytest.raises(LatencyError, match="k23"):
+        measure_jobs(killed, busy, table)
+    with LatencyTable.open(path) as table:
+        assert not _medians(table, busy, 24)
+        measure_jobs(builds.jobs, Shared(), table)
+        assert _medians(table, busy, 24) == {f"k{i}": pytest.approx(1.0 + i) for i in range(24)}
+
+
+def test_a_batch_is_judged_by_the_kernel_that_was_measured_worst(table: LatencyTable) -> None:
+    """One kernel scatters and is sampled on until the machine is quiet, the other is not."""
+
+    @dataclass
+    class Scattering(Shared):
+        def block_ms(self, run: Callable[[], None], calls: int) -> float:
+            assert isinstance(run, Run)
+            ms = super().block_ms(run, calls)
+            return ms * (1.0 + 0.3 * (run.sampled % 3)) if run.ms == 2.5 else ms
+
+    backend = Scattering(busy=lambda clock_ms: 60.0 < clock_ms < 160.0, samples=9)
+    jobs = [Job("k0", lambda: (Fixed(1.0), ())), Job("scatters", lambda: (Fixed(2.5), ()))]
+    measure_jobs(jobs, backend, table)
+    assert backend.prepared[1.0] > 1
+    assert _medians(table, backend, 1) == {"k0": pytest.approx(1.0)}
+
+
+def test_only_what_was_missing_is_measured_again(table: LatencyTable) -> None:
+    """Of a batch that another process has measured in part."""
+    builds, backend = Builds(4), Shared(busy=lambda clock_ms: 60.0 < clock_ms < 200.0)
+    other = {"k0": Timing(1.25, 0.0, 4)}
+
+    started = [Job("k0", lambda: (Fixed(1.0), ())), *builds.jobs[1:]]
+    put = table.reference_ms
+
+    def reference_ms(fingerprint: str, found: float) -> float:
+        table.put_all(other, fingerprint)  # after the start, before the batch
+        return put(fingerprint, found)
+
+    table.reference_ms = reference_ms  # type: ignore[method-assign]
+    measure_jobs(started, backend, table)
+    assert builds.built.count("k1") > 1
+    assert table.get("k0", backend.fingerprint()) == other["k0"]
 
 
 def test_an_unsteady_machine_is_logged(

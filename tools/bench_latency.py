@@ -133,7 +133,7 @@ def compared(
 def _compared(
     what: str, dense: nn.Module, pruned: nn.Module, backend: Backend, inputs: torch.Tensor
 ) -> Compared:
-    before, after = measure_paired(dense, pruned, backend, (inputs,), (inputs,), rounds=31)
+    before, after = measure_paired(dense, pruned, backend, (inputs,), (inputs,), rounds=16, bouts=2)
     counts = [sum(p.numel() for p in net.parameters()) for net in (dense, pruned)]
     widths = [m.out_channels for m in pruned.modules() if isinstance(m, nn.Conv2d)]
     return Compared(

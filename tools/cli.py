@@ -245,7 +245,9 @@ def prune(
     """
     del debug
     limit = pruner.budget_of(budget, params=params, macs=macs, memory=memory)
-    network, example = load(model, shapes, batch=batch, pretrained=pretrained, weights=weights)
+    network, example = load(
+        model, shapes, batch=batch, pretrained=pretrained, weights=weights, whole=True
+    )
     if not pretrained and weights is None and model.startswith(("torchvision:", "timm:")):
         err().print("[yellow]note: random weights; give --pretrained or --weights FILE[/]")
     options = {

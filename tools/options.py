@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from halp_fx.detection import detector_core, detector_parts, example_images, is_detector
 from halp_fx.errors import InputError
 from halp_fx.passes.trace import trace
+from halp_fx.tools.detectors import TensorPart
 from halp_fx.tools.models import load_model, parse_input
 
 __all__ = [
@@ -52,9 +54,17 @@ WeightsOption = Annotated[
 
 
 def load(
-    model: str, shapes: list[str] | None, *, batch: int | None = None, **options: Any
+    model: str,
+    shapes: list[str] | None,
+    *,
+    batch: int | None = None,
+    whole: bool = False,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """The network, and its example inputs: as given, as it brings them, or None.
+
+    Args:
+        whole: of a detector give the detector and a list of images, not what is pruned of it.
 
     Raises:
         InputError: the model or a shape is wrong, or `batch` has no meaning for the inputs.
@@ -62,9 +72,21 @@ def load(
     network, example = load_model(model, **options)
     if shapes:
         example = tuple(parse_input(text) for text in shapes)
+    if is_detector(network):
+        images = example_images(network, example[0] if example else None)
+        if batch is not None:
+            images = images[:1] * batch
+        return (network, images) if whole else _tensor_part(network, images)
     if batch is not None:
         example = _of_batch(trace(network, example).example_inputs, batch)
     return network, example
+
+
+def _tensor_part(detector: Any, images: list[torch.Tensor]) -> tuple[Any, Any]:
+    core, tensors = detector_core(detector, images)
+    _, names = detector_parts(detector, images)
+    # Of one stage it says which outputs are which.
+    return (TensorPart(detector).eval() if names == ["backbone", "head"] else core), tensors
 
 
 def _of_batch(example: tuple[Any, ...], batch: int) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from torch import nn
 
 import halp_fx
 from halp_fx.budget import Budget, parse_budget
+from halp_fx.detection import detector_parts, is_detector
 from halp_fx.errors import BudgetError, InputError
 from halp_fx.report import render_markdown, summarize, to_json
 from halp_fx.tools.console import err, out, progress_bars
@@ -44,7 +45,7 @@ def budget_of(
 def prune(
     model: nn.Module,
     budget: Budget,
-    example_inputs: tuple[Any, ...] | None,
+    example_inputs: Any,
     directory: Path,
     *,
     latency: str | None = None,
@@ -54,6 +55,8 @@ def prune(
     """Prunes `model` without data and leaves what came out in `directory`.
 
     Writes `model.safetensors`, `model.onnx` (unless `onnx` is False), `report.md`, `report.json`.
+    Of a detector the files hold the tensor part, which `halp_fx.restore_core` puts back; where
+    regions are pooled between the parts, there is no ONNX file of it.
 
     Args:
         options: further arguments of `halp_fx.compile`.
@@ -71,16 +74,23 @@ def prune(
         plan = halp_fx.plan_of(pruned)
         directory.mkdir(parents=True, exist_ok=True)
         write_report(plan, directory)
-        halp_fx.save(pruned, directory / "model.safetensors")
-        if onnx:
+        detector = is_detector(model)
+        core = halp_fx.core_of(pruned) if detector else pruned
+        halp_fx.save(core, directory / "model.safetensors")
+        in_parts = detector and detector_parts(model, example_inputs)[1] != ["backbone", "head"]
+        if onnx and not in_parts:
             progress("export", 0, 1)
             with torch.no_grad():
-                halp_fx.export_onnx(pruned, directory / "model.onnx")
+                halp_fx.export_onnx(core, directory / "model.onnx")
             progress("export", 1, 1)
     out().print(summary_table(plan))
     for path in sorted(directory.iterdir()):
         if path.name.startswith(("model.", "report.")):
             out().print(f"wrote {escape(str(path))}")
+    if detector:
+        err().print("[dim]model.* is the tensor part: halp_fx.restore_core puts it back.[/]")
+    if onnx and in_parts:
+        err().print("[yellow]no ONNX file: export backbone and heads one by one, see the docs[/]")
     err().print("[dim]The widths were chosen and kept without training: fine-tune before use.[/]")
     return plan
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from halp_fx.cores import Compile, capture, prune_parts, with_outside
+from halp_fx.cores import Call, Compile, Flow, assemble, capture, prune_parts, with_outside
 from halp_fx.detection.images import Batches, example_images, for_losses, sum_of_losses
 from halp_fx.detection.kinds import channels_of, core_flow, core_names
 from halp_fx.passes.rules.core import OnMeta
 from halp_fx.passes.rules.structure import empty_like, named_tensors, substitute_copy, without_data
 
-__all__ = ["detector_parts", "prune_detector"]
+__all__ = ["detector_core", "detector_parts", "prune_detector"]
 
 
 def prune_detector(
@@ -44,21 +44,45 @@ def prune_detector(
     """
     images = example_images(model, example_inputs)
     names = core_names(model)
-    calls, tensors = capture(model, names, (images,))
-    heads: Any = getattr(model, "roi_heads", None)
-    # Where nothing is found in the example, as by random weights, the most that may be found.
-    most = len(images) * int(getattr(heads, "detections_per_img", 1))
-    rows = {name: given[0].shape[0] or most for name, given in tensors.items()}
-    batched = tensors["backbone"]
+    calls, flow, batched = _calls(model, names, images)
     if data is not None:
         data, loss = Batches(data, batched[0].device), sum_of_losses(loss)
     pruned = prune_parts(
-        compile, model, calls, core_flow(model, calls, rows), budget, tuple(batched),
+        compile, model, calls, flow, budget, tuple(batched),
         scored=for_losses(model), data=data, loss=loss, latency=latency, **options,
     )  # fmt: skip
     _correct_width(pruned.get_submodule("backbone"), batched)
     with_outside(pruned, names, (images,), latency, before="transform")
     return pruned
+
+
+def detector_core(
+    model: nn.Module, example_inputs: Any = None
+) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """What is pruned of a detector as one network that can be traced, and its inputs.
+
+    Args:
+        example_inputs: as for `halp_fx.compile`.
+
+    Returns:
+        The network, which shares the detector's tensors under the same names; and the tensor of
+        images (N, 3, H, W), normalised and of one size, for the example.
+    """
+    images = example_images(model, example_inputs)
+    calls, flow, batched = _calls(model, core_names(model), images)
+    return assemble(model, calls, flow, len(batched)), tuple(batched)
+
+
+def _calls(
+    model: nn.Module, names: list[str], images: list[torch.Tensor]
+) -> tuple[dict[str, Call], Flow, list[torch.Tensor]]:
+    """How the parts of a detector are called, how they are joined, and the tensors of images."""
+    calls, tensors = capture(model, names, (images,))
+    heads: Any = getattr(model, "roi_heads", None)
+    # Where nothing is found in the example, as by random weights, the most that may be found.
+    most = len(images) * int(getattr(heads, "detections_per_img", 1))
+    rows = {name: given[0].shape[0] or most for name, given in tensors.items()}
+    return calls, core_flow(model, calls, rows), list(tensors["backbone"])
 
 
 def detector_parts(

@@ -8,7 +8,7 @@ What counts are ratios within a round, of a kernel to the sentinel or of one net
 what makes a machine slower for a while cancels in them, and their median repeats several times
 better than the ratio of two medians. Not all of it cancels: a neighbour that slows arithmetic by
 a third may slow copying by a tenth. So rounds in which the sentinel was slow don't count where
-there are enough others, and a batch that had too few is measured again after all the others.
+there are enough others, and a batch that had too few is measured again after some others.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ _log = logging.getLogger(__name__)
 
 _BATCH = 12  # kernels alive at a time
 _QUIET = 1.1  # times its least that the sentinel takes at most while the machine is quiet
+_TOGETHER = 8  # batches of which the busy ones are measured again before the next
 _MAX_REDOS = 2  # times that a batch is measured again, since the machine was busy
 _UNCERTAINTY = 0.02  # of a median, at which a kernel has been sampled enough
 _MAX_PAIRED_EXTENSIONS = 3  # the same for two networks
@@ -45,6 +47,8 @@ _MAX_EXTENSIONS = 2  # times that the samples of an uncertain kernel are taken a
 _SENTINEL_MEMORY = 2000  # times that its least is taken from
 _WARM_UP_CALLS = 3
 _WARM_UP_MS = 200.0  # a call longer than this warms up by itself
+_Rounds: TypeAlias = list[tuple[float, float]]  # (ratio to the sentinel, the sentinel's time)
+
 _MAX_CALLS = 1_000_000  # of a block; a kernel that does nothing would never fill one
 
 
@@ -66,21 +70,21 @@ def measure_jobs(
 ) -> None:
     """Measure the kernels that the table doesn't have yet for this back-end.
 
-    The timings of a batch are written as soon as they are known: a run that is killed goes on
-    where it was. The global random states, torch's thread count and its grad mode stay as they
-    were.
+    The timings of a batch are written as soon as they are known, or the last try is over where
+    the machine was busy: a run that is killed goes on where it was. The global random states,
+    torch's thread count and its grad mode stay as they were.
 
     Args:
         jobs: the kernels; of several with one key, the first is measured.
         backend: what runs them.
         table: where timings are looked up and written, under `backend.fingerprint()`.
-        progress: called as `progress(done, total, key)` after each kernel; kernels that the
-            table had already are counted as done.
+        progress: called as `progress(done, total, key)` for each kernel after its batch; kernels
+            that the table had already are counted as done.
         seed: of the order in which kernels are measured.
 
     Raises:
-        LatencyError: a kernel can't be built or run; the message names its key. What was measured
-            before is in the table.
+        LatencyError: a kernel can't be built or run; the message names its key. What was written
+            before stays in the table.
     """
     fingerprint = backend.fingerprint()
     by_key: dict[str, Job] = {}
@@ -97,42 +101,37 @@ def measure_jobs(
     def tell(turn: _Turn) -> None:
         nonlocal done
         turn.told = True
-        for job in turn.jobs:
+        for key in turn.keys:
             done += 1
             if progress is not None:
-                progress(done, len(by_key), job.key)
+                progress(done, len(by_key), key)
 
     with _preserved():
-        sentinel = _Sentinel(backend)
-        sentinel.reference_ms = table.reference_ms(fingerprint, sentinel.least_ms)
-        pending = turns
-        while pending:
-            for turn in pending:
-                # Another process may have been measuring into the same table meanwhile.
-                missing = turn.jobs
-                if not turn.tries:
-                    missing = [job for job in turn.jobs if table.get(job.key, fingerprint) is None]
-                timings, sentinel_ms = _measure_batch(missing, backend, sentinel, order)
-                if sentinel_ms < turn.sentinel_ms:
-                    known = zip((job.key for job in missing), timings, strict=True)
-                    table.put_all(dict(known), fingerprint)
-                    turn.sentinel_ms = sentinel_ms
-                turn.tries += 1
-                if not turn.told and (turn.tries > _MAX_REDOS or not sentinel.was_busy(turn)):
+        sentinel = _Sentinel(backend, _history(table, fingerprint))
+        reference_ms = table.reference_ms(fingerprint, sentinel.usual_ms)
+        bench = _Bench(backend, table, fingerprint, sentinel, reference_ms, order)
+        for stop in range(_TOGETHER, len(turns) + _TOGETHER, _TOGETHER):
+            begun = turns[:stop]
+            # What was taken for quiet may prove to have been busy.
+            while pending := [turn for turn in begun if not turn.settled(sentinel)]:
+                for turn in pending:
+                    bench.take(turn)
+                    if turn.settled(sentinel) and not turn.told:
+                        tell(turn)
+            for turn in begun:  # what was taken for busy may prove to have been quiet
+                if not turn.told:
+                    bench.write(turn)
                     tell(turn)
-            busy = [turn for turn in turns if sentinel.was_busy(turn)]
-            pending = [turn for turn in busy if turn.tries <= _MAX_REDOS]
-            for turn in turns:
-                if not turn.told and turn not in pending:
-                    tell(turn)
+    busy = [turn for turn in turns if sentinel.was_busy(turn)]
     if busy:
+        worst = max(turn.sentinel_ms for turn in busy) / sentinel.quiet_ms
         _log.warning(
             "the machine is unsteady: %d of %d kernels were measured while a reference kernel took "
             "up to %.0f %% longer than at best; close other programs or fix the clock rate for "
             "better measurements",
             sum(len(turn.jobs) for turn in busy),
             len(todo),
-            100 * (max(turn.sentinel_ms for turn in busy) / sentinel.quiet_ms - 1),
+            100 * (worst - 1),
         )
 
 
@@ -186,8 +185,9 @@ def measure_paired(
         inputs_b: positional arguments of b.
         rounds: samples of each in a bout; up to four times as many while the ratio is uncertain
             by more than 2 %.
-        bouts: times that both are prepared anew, b first every other time: where their memory lies
-            and which was first can make a difference of 2 % that no number of samples takes away.
+        bouts: times that both are prepared, b first every other time: where their memory lies and
+            which was first can make a difference of 2 % that no number of samples takes away.
+            An even number, for it to cancel.
         min_sample_ms: least length of a sample; None: the back-end's own setting.
 
     Raises:
@@ -235,84 +235,134 @@ class _Turn:
     jobs: Sequence[Job]
     tries: int = 0
     sentinel_ms: float = math.inf  # of the rounds that count, in the best try
+    timings: dict[str, Timing] = field(default_factory=dict)  # of that try
     told: bool = False
+
+    def __post_init__(self) -> None:
+        self.keys = [job.key for job in self.jobs]
+
+    def settled(self, sentinel: _Sentinel) -> bool:
+        """Whether it needs no further try."""
+        return self.tries > _MAX_REDOS or (self.tries > 0 and not sentinel.was_busy(self))
+
+
+_HISTORIES: WeakKeyDictionary[LatencyTable, dict[str, deque[float]]] = WeakKeyDictionary()
+
+
+def _history(table: LatencyTable, fingerprint: str) -> deque[float]:
+    """What the sentinel took in this process, while kernels of this table were measured."""
+    known = _HISTORIES.setdefault(table, {})
+    return known.setdefault(fingerprint, deque(maxlen=_SENTINEL_MEMORY))
 
 
 class _Sentinel:
     """A small convolution whose time tells whether the machine is busy with something else."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, history: deque[float]) -> None:
         convolution = nn.Conv2d(16, 16, 3, padding=1).eval()
         least = _min_sample_ms(backend, None)
         self.probe = _probe(backend, convolution, (torch.randn(1, 16, 28, 28),), least)
-        self.reference_ms = math.inf  # what it took when the table was begun
-        self._history: deque[float] = deque(maxlen=_SENTINEL_MEMORY)
-        for block in _round_robin(backend, [self.probe], _samples(backend, None), None):
-            self._history.extend(block)
-
-    @property
-    def least_ms(self) -> float:
-        """What it takes at best: the tenth percentile, since single samples can be too short."""
-        return float(np.percentile(self._history, 10))
+        self._history = history
+        (first,) = _round_robin(backend, [self.probe], _samples(backend, None), None)
+        self.usual_ms = statistics.median(first)
+        self.record(first)
 
     @property
     def quiet_ms(self) -> float:
-        """What it takes on a quiet machine, as far as is known by now."""
-        return min(self.least_ms, self.reference_ms)
+        """What it takes at best: the tenth percentile, since single samples can be too short."""
+        return float(np.percentile(self._history, 10))
 
     def was_busy(self, turn: _Turn) -> bool:
         """Whether the machine was, by what is known by now."""
-        return turn.sentinel_ms > _QUIET * self.quiet_ms
+        return turn.sentinel_ms > _QUIET * self.quiet_ms > 0
 
     def record(self, blocks: Sequence[float]) -> None:
         """Let more of its times count."""
         self._history.extend(blocks)
 
 
-def _measure_batch(
-    jobs: Sequence[Job], backend: Backend, sentinel: _Sentinel, order: random.Random
-) -> tuple[list[Timing], float]:
-    """Timings of a few kernels, and the sentinel's in the rounds that they were taken from.
+@dataclass(frozen=True)
+class _Bench:
+    """Where batches of kernels are measured.
 
     A machine may be slower in one round than in another, and today than when the table was begun:
-    times are given as if the sentinel took `reference_ms` in each. Kernels whose median is still
-    uncertain are sampled again.
+    times are given as if the sentinel took `reference_ms` in each.
     """
-    if not jobs:
-        return [], 0.0
-    probes = [_job_probe(job, backend) for job in jobs]
-    samples = _samples(backend, None)
-    found: list[list[tuple[float, float]]] = [[] for _ in probes]  # (ratio, the sentinel's time)
-    counted: list[list[tuple[float, float]]] = found
-    unsure = list(range(len(probes)))
-    for _ in range(1 + _MAX_EXTENSIONS):
-        turns = [*(probes[k] for k in unsure), sentinel.probe]
-        *sampled, clock = _round_robin(backend, turns, samples, order)
-        sentinel.record(clock)
-        for k, blocks in zip(unsure, sampled, strict=True):
-            found[k] += zip(_relative(blocks, clock), clock, strict=False)
-        counted = [_quiet(rounds, sentinel.quiet_ms, (samples + 1) // 2) for rounds in found]
-        unsure = [
-            k for k, rounds in enumerate(counted) if _uncertainty(_firsts(rounds)) > _UNCERTAINTY
+
+    backend: Backend
+    table: LatencyTable
+    fingerprint: str
+    sentinel: _Sentinel
+    reference_ms: float
+    order: random.Random
+
+    def take(self, turn: _Turn) -> None:
+        """Measure a batch, and write it once it needs no further try.
+
+        What was measured while the machine was busy is not written before: a run that is killed
+        would take it for good when it goes on.
+        """
+        if not turn.tries:  # another process may have been measuring into the same table meanwhile
+            turn.jobs = [
+                job for job in turn.jobs if self.table.get(job.key, self.fingerprint) is None
+            ]
+        timings, sentinel_ms = self._measured(turn.jobs)
+        turn.tries += 1
+        if sentinel_ms < turn.sentinel_ms:
+            turn.timings = dict(zip((job.key for job in turn.jobs), timings, strict=True))
+            turn.sentinel_ms = sentinel_ms
+        if turn.settled(self.sentinel):
+            self.write(turn)
+
+    def write(self, turn: _Turn) -> None:
+        """Into the table."""
+        self.table.put_all(turn.timings, self.fingerprint)
+
+    def _measured(self, jobs: Sequence[Job]) -> tuple[list[Timing], float]:
+        """Timings of kernels, and the sentinel's in the rounds of that one for which it was most.
+
+        Kernels whose median is still uncertain are sampled again.
+        """
+        if not jobs:
+            return [], 0.0
+        probes = [_job_probe(job, self.backend) for job in jobs]
+        samples = _samples(self.backend, None)
+        found: list[_Rounds] = [[] for _ in probes]
+        counted = found
+        unsure = list(range(len(probes)))
+        for _ in range(1 + _MAX_EXTENSIONS):
+            turns = [*(probes[k] for k in unsure), self.sentinel.probe]
+            *sampled, clock = _round_robin(self.backend, turns, samples, self.order)
+            self.sentinel.record(clock)
+            for k, blocks in zip(unsure, sampled, strict=True):
+                found[k] += _ratios(blocks, clock)
+            counted = [
+                _quiet(rounds, self.sentinel.quiet_ms, (samples + 1) // 2) for rounds in found
+            ]
+            unsure = [
+                k
+                for k, rounds in enumerate(counted)
+                if _uncertainty([ratio for ratio, _ in rounds]) > _UNCERTAINTY
+            ]
+            if not unsure:
+                break
+        timings = [
+            _timing([self.reference_ms * ratio for ratio, _ in rounds]) for rounds in counted
         ]
-        if not unsure:
-            break
-    timings = [
-        _timing([sentinel.reference_ms * ratio for ratio in _firsts(rounds)]) for rounds in counted
+        return timings, max(statistics.median(ms for _, ms in rounds) for rounds in counted)
+
+
+def _ratios(blocks: Sequence[float], clock: Sequence[float]) -> _Rounds:
+    """(ratio, the sentinel's time) of each round; without those that a clock can't resolve."""
+    return [(ms / tick, tick) for ms, tick in zip(blocks, clock, strict=True) if tick > 0] or [
+        (1.0, 0.0)
     ]
-    return timings, statistics.median(ms for rounds in counted for _, ms in rounds)
 
 
-def _quiet(
-    rounds: list[tuple[float, float]], quiet_ms: float, least: int
-) -> list[tuple[float, float]]:
+def _quiet(rounds: _Rounds, quiet_ms: float, least: int) -> _Rounds:
     """The rounds in which the machine was quiet, or all where those are too few."""
     found = [pair for pair in rounds if pair[1] <= _QUIET * quiet_ms]
     return found if len(found) >= least else rounds
-
-
-def _firsts(pairs: Sequence[tuple[float, float]]) -> list[float]:
-    return [first for first, _ in pairs]
 
 
 def _relative(blocks: Sequence[float], others: Sequence[float]) -> list[float]:
