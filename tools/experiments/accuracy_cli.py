@@ -13,13 +13,19 @@ from rich.markup import escape
 
 from halp_fx.errors import InputError
 from halp_fx.latency import Backend, LatencyTable, OnnxRuntime, Source
+from halp_fx.passes.saliency import DEFAULT
 from halp_fx.tools.console import DebugOption, err, out
 from halp_fx.tools.experiments import cifar, imagenet
-from halp_fx.tools.experiments.accuracy_data import Images, data_folder
+from halp_fx.tools.experiments.accuracy_data import Images, data_folder, pillow
 from halp_fx.tools.experiments.accuracy_methods import SETS, chosen_methods
 from halp_fx.tools.experiments.accuracy_records import Journal, Record
-from halp_fx.tools.experiments.accuracy_report import compared, page, write_report
-from halp_fx.tools.experiments.accuracy_run import Plan, run
+from halp_fx.tools.experiments.accuracy_report import (
+    compared,
+    matplotlib_figure,
+    page,
+    write_report,
+)
+from halp_fx.tools.experiments.accuracy_run import Plan, made, require, run
 from halp_fx.tools.experiments.accuracy_task import Settings, Task
 
 __all__ = ["add_commands", "experiment"]
@@ -106,11 +112,14 @@ def experiment(
     directory: Path,
     *,
     backend: Backend,
+    needs: Callable[[str], object],
     latency_batch: int = 1,
     device: str = "cpu",
     again: bool = False,
 ) -> list[Record]:
     """Make the records that a folder lacks, and its report.
+
+    Where it ends by an error or an interrupt, the report is of the records that there are.
 
     Args:
         title: of the report.
@@ -119,20 +128,25 @@ def experiment(
         settings: the same for every record; records made with others are left alone.
         directory: receives records.jsonl, latency.sqlite and the report.
         backend: measures latencies.
+        needs: raises `DependencyError` where a package for the network of this name is missing.
         latency_batch: images at a time when it does.
         device: for training and testing.
         again: repeat the records that failed.
 
     Raises:
         InputError: the folder's records are damaged, or the device can't be had.
-        DependencyError: a package is missing.
+        DependencyError: a package is missing; nothing was made then.
     """
     if settings.on == "choose":
         title += ", on training images kept for choosing"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: there is no CUDA device here; use cpu")
-    digest = settings.digest(backend.fingerprint(), device.partition(":")[0], str(latency_batch))
+    digest = settings.digest(
+        backend.fingerprint(), device.partition(":")[0], str(latency_batch), DEFAULT
+    )
     journal = Journal(directory / "records.jsonl", digest)
+    matplotlib_figure()
+    require(plan, journal, needs, again=again)
     with LatencyTable.open(directory / "latency.sqlite") as table:
 
         def task(name: str) -> Task:
@@ -155,9 +169,12 @@ def experiment(
                 device=device,
             )
 
-        records = run(plan, journal, task, again=again, tell=_teller())
-    for path in write_report(records, directory, title):
-        err().print(f"wrote {escape(str(path))}")
+        try:
+            run(plan, journal, task, again=again, tell=_teller())
+        finally:
+            records = made(plan, journal)
+            for path in write_report(records, directory, title) if records else ():
+                err().print(f"wrote {escape(str(path))}")
     first = plan.methods[0].name
     pairs = compared([r for r in records if r.method != "dense"], first)
     out().print(page(records, pairs), markup=False)
@@ -239,7 +256,7 @@ def _cifar(
 
     experiment(
         "CIFAR-10", load, plan, settings, output, backend=OnnxRuntime(threads=threads),
-        latency_batch=latency_batch, device=device, again=again,
+        needs=lambda name: pillow(), latency_batch=latency_batch, device=device, again=again,
     )  # fmt: skip
 
 
@@ -290,7 +307,7 @@ def _imagenet(
 
     experiment(
         "ImageNet", load, plan, settings, output, backend=OnnxRuntime(threads=threads),
-        latency_batch=latency_batch, device=device, again=again,
+        needs=imagenet.require, latency_batch=latency_batch, device=device, again=again,
     )  # fmt: skip
 
 

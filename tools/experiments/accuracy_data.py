@@ -110,6 +110,7 @@ class Batches:
     seed: int | None = None  # of order and augmentation; None: in order, once, as they are
     count: int | None = None  # images in all, the set repeated as often as needed; None: once
     shift: int = 0  # random crops after padding by so many pixels, and random mirroring; 0: neither
+    skip: int = 0  # images left out at the beginning: those that were trained on already
 
     def __len__(self) -> int:
         return max((self.count or len(self.images)) // self._size, 1)
@@ -129,12 +130,12 @@ class Batches:
         return min(self.size, len(self.images))
 
     def _order(self, generator: torch.Generator) -> torch.Tensor:
-        wanted = len(self) * self._size
+        wanted = self.skip + len(self) * self._size
         if self.seed is None:
-            return torch.arange(wanted) % len(self.images)
+            return torch.arange(self.skip, wanted) % len(self.images)
         rounds = -(-wanted // len(self.images))
         parts = [torch.randperm(len(self.images), generator=generator) for _ in range(rounds)]
-        return torch.cat(parts)[:wanted]
+        return torch.cat(parts)[self.skip : wanted]
 
 
 def _augmented(inputs: torch.Tensor, shift: int, generator: torch.Generator) -> torch.Tensor:

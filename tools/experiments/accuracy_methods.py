@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,13 +17,14 @@ from halp_fx.pipeline import Prepared, prepare
 from halp_fx.tools.experiments import accuracy_scores as scores
 from halp_fx.tools.experiments.accuracy_data import Batches
 from halp_fx.tools.experiments.accuracy_task import Candidate, Task, Variant, searched
-from halp_fx.tools.experiments.peers import torch_pruning
+from halp_fx.tools.experiments.peers import library, torch_pruning
 from halp_fx.training import GradualPruner, fine_tune
 
 __all__ = ["DENSE", "METHODS", "SETS", "Method", "Prune", "chosen_methods"]
 
 _MILESTONES = 10
 _GRADUAL_SHARE = 0.5  # of the images of fine-tuning
+_GRADUAL_TRIES = 3  # each trains anew
 
 
 class Prune(Protocol):
@@ -41,6 +42,7 @@ class Method:
     prune: Prune
     seeded: bool = True  # whether the seed makes a difference to what is pruned
     recovery: str | None = None  # None: as the settings say
+    needs: Callable[[], object] | None = None  # raises `DependencyError` where a package is missing
 
 
 Data = Callable[[Task, int], Mapping[str, Any]]  # task, seed -> arguments of halp_fx.compile
@@ -115,25 +117,35 @@ def _ours(
 
 
 def _gradual(task: Task, budget: float, seed: int) -> Candidate:
-    """Pruned in steps while it trains, on a part of the images that others fine-tune on."""
+    """Pruned in steps while it trains, on a part of the images that others fine-tune on.
+
+    What training leaves is measured; where it misses the budget, it is pruned and trained anew.
+    """
     at_once = _ours(task, budget, seed)
     settings = task.settings
     minibatches = max(int(_GRADUAL_SHARE * settings.tune_images) // settings.batch, 1)
     steps = min(_MILESTONES, minibatches)
     images = minibatches // steps * steps * settings.batch
-    pruner = GradualPruner(
-        deepcopy(task.dense).to(task.device), Budget(share=at_once.knob),
-        task.example.to(task.device), steps=steps, every=minibatches // steps,
-        latency=task.source, verify=False,
-    )  # fmt: skip
-    optimizer = torch.optim.SGD(
-        pruner.model.parameters(), lr=settings.rate / 2, momentum=0.9, nesterov=True,
-        weight_decay=1e-4,
-    )  # fmt: skip
-    data = Batches(task.train, settings.batch, seed, images, settings.shift)
-    fine_tune(pruner, data, task.loss, optimizer=optimizer)
-    network: nn.Module = pruner.network
-    return Candidate(network.cpu().eval(), at_once.knob, used_images=images)
+
+    def trained(share: float) -> nn.Module:
+        pruner = GradualPruner(
+            deepcopy(task.dense).to(task.device), Budget(share=share),
+            task.example.to(task.device), steps=steps, every=minibatches // steps,
+            latency=task.source, verify=False,
+        )  # fmt: skip
+        optimizer = torch.optim.SGD(
+            pruner.model.parameters(), lr=settings.rate / 2, momentum=0.9, nesterov=True,
+            weight_decay=1e-4,
+        )  # fmt: skip
+        data = Batches(task.train, settings.batch, seed, images, settings.shift)
+        fine_tune(pruner, data, task.loss, optimizer=optimizer)
+        network: nn.Module = pruner.network
+        return network.cpu().eval()
+
+    variant = Variant("", trained, at_once.knob)
+    return replace(
+        searched(task, budget, [variant], seed, tries=_GRADUAL_TRIES), used_images=images
+    )
 
 
 def _dense(task: Task, budget: float, seed: int) -> Candidate:
@@ -149,7 +161,7 @@ def _method(name: str, title: str, **options: Any) -> Method:
 
 def _peer(name: str, title: str, importance: str, everywhere: bool) -> Method:
     prune = partial(torch_pruning, importance=importance, everywhere=everywhere)
-    return Method(name, title, prune, importance == "taylor")
+    return Method(name, title, prune, importance == "taylor", needs=library)
 
 
 DENSE = Method("dense", "dense", _dense, seeded=False)

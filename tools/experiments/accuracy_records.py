@@ -29,7 +29,10 @@ class Record:
     method: str
     budget: float  # share of the dense latency that was asked for
     seed: int
-    settings: str  # digest of settings, device and versions; records with others don't count
+    # Digest of the settings, the kind of device for training, the batch of the latency, the default
+    # scores and the fingerprint of the back-end (with its version and its device); of no other
+    # package's version. Records with another digest don't count.
+    settings: str
     title: str = ""
     share: float | None = None  # measured latency, of the dense one's
     dense_ms: float | None = None
@@ -72,7 +75,6 @@ class Journal:
 
     def __init__(self, path: Path, settings: str) -> None:
         self.path, self.settings = path, settings
-        path.parent.mkdir(parents=True, exist_ok=True)
         found = (r for r in _lines(path) if r.settings == settings)
         self._records: dict[Key, Record] = {record.key: record for record in found}
 
@@ -87,6 +89,7 @@ class Journal:
 
     def add(self, record: Record) -> None:
         """Write a record to the disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         before = self.path.read_bytes() if self.path.is_file() else b""
         with self.path.open("a", encoding="utf-8") as file:
             if before and not before.endswith(b"\n"):  # a run was cut off while it wrote

