@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,51 @@ def test_a_wrapper_from_before_a_cut(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"from before a cut, .* call pruner\.model each time"):
             own(example())
         pruner.model(example()).square().mean().backward()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+def test_options_of_a_wrapper(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    known = inspect.signature(DistributedDataParallel).parameters
+    given = {
+        "find_unused_parameters": True, "gradient_as_bucket_view": True, "bucket_cap_mb": 3,
+        "skip_all_reduce_unused_params": True, "batched_grad_copy": True,
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if name in known}
+    try:
+        model = network()
+        # Not declared, but what torch's own tutorials use.
+        model._ddp_params_and_buffers_to_ignore = ["11.bias"]  # type: ignore[assignment]
+        first = DistributedDataParallel(model, **given)
+        again = wrapping_of(first, None)[1](network())
+        assert isinstance(again, DistributedDataParallel)
+        for name in ("bucket_bytes_cap", "process_group", *given):
+            if name != "bucket_cap_mb":
+                assert getattr(again, name) == getattr(first, name), name
+        assert again.parameters_to_ignore == {"11.bias"}
+        if "bucket_cap_mb_list" in known:
+            listed = DistributedDataParallel(network(), bucket_cap_mb_list=[1, 4])
+            again = wrapping_of(listed, None)[1](network())
+            assert again.bucket_bytes_cap_list == listed.bucket_bytes_cap_list
+        if "forward_sync_buffers" in known:
+            still = DistributedDataParallel(network(), forward_sync_buffers=False)
+            assert not wrapping_of(still, None)[1](network()).forward_sync_buffers
+
+        first.register_comm_hook(None, lambda state, bucket: bucket.get_future())  # noqa: ARG005
+        with pytest.raises(InputError, match="has communication hooks, which can't be carried"):
+            wrapping_of(first, None)
+        own = wrapping_of(first, DistributedDataParallel)
+        assert own == (first.module, DistributedDataParallel)
+        plain = DistributedDataParallel(network())
+        plain._delay_all_reduce_params = [torch.zeros(1)]
+        with pytest.raises(InputError, match="has delay_all_reduce_named_params, which can't be"):
+            wrapping_of(plain, None)
+        plain.mixed_precision = object()  # needs a GPU to be made
+        with pytest.raises(InputError, match=r"has mixed_precision, .* in torch\.autocast"):
+            wrapping_of(plain, None)
     finally:
         dist.destroy_process_group()
 

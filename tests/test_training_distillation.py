@@ -187,3 +187,51 @@ def test_distillation_recovers_digits() -> None:
     assert before < recalibrated
     assert accuracy(small) > recalibrated + 0.1
     assert accuracy(small) > accuracy(model) - 0.12
+
+
+class _InPlace(nn.Module):
+    """What the convolution gives is overwritten by what follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        y += 1
+        y = nn.functional.relu(self.norm(y), inplace=True)
+        return self.head(y.mean((2, 3)))
+
+
+def test_features_are_those_before_an_operation_in_place() -> None:
+    model = _InPlace().eval()
+    images = torch.rand(2, 3, 8, 8)
+    small = halp_fx.compile(model, 0.6, images, latency="analytic").eval()
+    output, loss = Distillation(model, features=["conv", "norm"])(small, images)
+    kept = halp_fx.plan_of(small).kept["conv.weight"][0]
+    assert kept is not None
+    expected = distillation_loss(output, model(images))
+    theirs, ours = model.conv(images), small.get_submodule("conv")(images)
+    norms = model.norm(theirs + 1), small.get_submodule("norm")(ours + 1)
+    for seen, own in ((theirs, ours), norms):
+        seen = seen[:, kept]
+        expected = expected + (own - seen).square().mean() / seen.square().mean()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+
+
+def test_features_in_half_precision_do_not_overflow() -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 5))
+    inputs = torch.rand(2, 4)
+    small = halp_fx.compile(model, 0.6, inputs, latency="analytic")
+    for net in (model, small):
+        with torch.no_grad():
+            net.get_submodule("0").bias.fill_(300.0)  # type: ignore[union-attr, operator]
+        net.half()
+    distillation = Distillation(model, features=["0"])
+    seen = model[0](inputs.half()).detach()
+    kept = halp_fx.plan_of(small).kept["0.weight"][0]
+    loss = distillation._difference(small, "0", seen[:, kept] * 2, seen)
+    torch.testing.assert_close(loss, torch.tensor(1.0))

@@ -193,12 +193,12 @@ def test_own_hooks_of_the_module_are_called(tmp_path: Path) -> None:
 
     class Hooked(Classifier):
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            seen.append(f"method, {len(checkpoint['state_dict']['model.0.weight'])} channels")
+            seen.append(f"method, {len(checkpoint['state_dict']['model.3.conv1.weight'])} channels")
 
     _fit([_callback()], steps=6).save_checkpoint(tmp_path / "run.ckpt")
     module = Hooked()
     _fit([_callback()], module, ckpt=tmp_path / "run.ckpt", steps=7)
-    width = module.model.get_parameter("0.weight").shape[0]
+    width = module.model.get_parameter("3.conv1.weight").shape[0]
     assert seen == [f"method, {width} channels"] and width < 8
     assert "on_load_checkpoint" not in vars(module)
     module = Hooked()
@@ -222,11 +222,11 @@ def test_averaged_weights_are_cut_and_resume(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*step=5.ckpt")
     _fit(start(), second, ckpt=path)
     _same(whole.model, second.model)  # where Lightning puts the averages at the end
-    assert whole.model.get_parameter("0.weight").shape[0] < 8
+    assert whole.model.get_parameter("3.conv1.weight").shape[0] < 8
     stored = torch.load(path, weights_only=True)
     average, current = stored["state_dict"], stored["current_model_state"]
-    assert average["model.0.weight"].shape == current["model.0.weight"].shape
-    assert not torch.equal(average["model.0.weight"], current["model.0.weight"])
+    assert average["model.3.conv1.weight"].shape == current["model.3.conv1.weight"].shape
+    assert not torch.equal(average["model.3.conv1.weight"], current["model.3.conv1.weight"])
     with pytest.raises(
         InputError, match=r"EMAWeightAveraging has copied .* put PruningCallback fi"
     ):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from halp_fx.training import GradualPruner
 from halp_fx.training.dense import Dense
 from halp_fx.training.masking import Mask, complement
 from tests.oracle import masked_dense
@@ -63,3 +68,80 @@ def test_masked_weights_are_trained_as_if_the_mask_let_gradients_through() -> No
     assert not weight.detach()[:, removed].any()
     mask.lift()
     torch.testing.assert_close(weight.detach()[:, removed], trained)
+
+
+def _soft(**options: Any) -> GradualPruner:
+    return GradualPruner(
+        network(), 0.4, example(), steps=4, every=3, latency="analytic", soft=True,
+        drop_blocks=False, **options,
+    )  # fmt: skip
+
+
+def _train(pruner: GradualPruner, optimizer: Any, data: list[Any], ema: Any) -> None:
+    for images, classes in data:
+        nn.functional.cross_entropy(pruner.model(images), classes).backward()
+        pruner.after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update_parameters(pruner.network)
+        pruner.step(optimizer, ema=ema)
+
+
+def test_an_average_of_a_network_that_does_not_change_is_that_network() -> None:
+    pruner = _soft()
+    optimizer = torch.optim.SGD(pruner.model.parameters(), 0.0)
+    ema = AveragedModel(pruner.network, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    hidden = []
+    for seed in range(4):
+        _train(pruner, optimizer, batches(3, seed=seed), ema)
+        hidden.append(pruner._mask.units)
+        averaged = dict(ema.module.named_parameters())
+        for name, p in pruner.network.named_parameters():
+            torch.testing.assert_close(averaged[name], p, rtol=1e-6, atol=0)
+    assert pruner.done
+    one, two = hidden[:2]
+    assert one is not None and two is not None
+    assert any(len(np.setdiff1d(a, b)) for a, b in zip(one, two, strict=True))  # some came back
+
+
+def test_an_average_is_masked_while_the_network_is_trained() -> None:
+    pruner = _soft()
+    optimizer = torch.optim.SGD(pruner.model.parameters(), 0.1)
+    ema = AveragedModel(pruner.network, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    _train(pruner, optimizer, batches(5), ema)
+    weight = ema.module.get_parameter("3.conv2.weight")
+    assert pruner._mask.units is not None
+    removed = torch.from_numpy(pruner._mask.units[1])
+    assert len(removed) and not weight[:, removed].any() and weight.any()
+    lifted = copy.deepcopy(pruner.network)
+    pruner._mask.lift([ema.module])
+    assert not lifted.get_parameter("3.conv2.weight")[:, removed].any()
+    assert weight[:, removed].any()
+    own = pruner.network.get_parameter("3.conv2.weight")
+    assert torch.equal(weight[:, removed], own[:, removed])
+
+
+def test_a_moving_average_of_scores_leaves_masked_units_out() -> None:
+    pruner = _soft(smoothing=0.5)
+    optimizer = torch.optim.SGD(pruner.model.parameters(), 0.01)
+    ema = AveragedModel(pruner.network)
+    _train(pruner, optimizer, batches(3), ema)
+    hidden, scores = pruner._mask.units, pruner._scores
+    assert hidden is not None and any(len(own) for own in hidden)
+
+    def averages() -> list[np.ndarray[Any, Any]]:
+        return [(t / w).numpy() for t, w in zip(scores.totals, scores.weights, strict=True)]
+
+    before = averages()
+    again = _soft(smoothing=0.5)
+    again.load_state_dict(pruner.state_dict())
+    _train(pruner, optimizer, batches(2, seed=4), ema)
+    for own, old, new in zip(hidden, before, averages(), strict=True):
+        assert old[own].all() or not len(own)
+        np.testing.assert_allclose(new[own], old[own], rtol=1e-6)
+        shown = np.delete(np.arange(len(old)), own)
+        assert (new[shown] != old[shown]).any()
+    scores = again._scores
+    _train(again, torch.optim.SGD(again.model.parameters(), 0.01), batches(2, seed=4), ema)
+    for own, old, new in zip(hidden, before, averages(), strict=True):
+        np.testing.assert_allclose(new[own], old[own], rtol=1e-6)

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from halp_fx.errors import InfeasibleError, InputError
 from halp_fx.training import GradualPruner
+from halp_fx.training.processes import _taking
 from halp_fx.training.wrapping import wrapping_of
 from tests.training_networks import batches, example, network
 
@@ -205,6 +206,22 @@ def _least(found: Any) -> dict[str, float]:
 def test_different_networks_are_an_error_in_both(folder: Path) -> None:
     for found in _found(folder, _different):
         assert found["message"].startswith("the processes have different networks: build the same")
+
+
+@pytest.mark.parametrize(
+    ("backends", "of_a_network_on_a_gpu", "of_one_on_the_cpu"),
+    [
+        ("cpu:gloo,cuda:gloo", "cpu", "cpu"),
+        ("cpu:gloo", "cpu", "cpu"),
+        ("cuda:nccl", "cuda:1", "cuda"),
+        ("cpu:gloo,cuda:nccl", "cpu", "cpu"),
+    ],
+)
+def test_tensors_go_where_the_group_takes_them(
+    backends: str, of_a_network_on_a_gpu: str, of_one_on_the_cpu: str
+) -> None:
+    found = [str(_taking(backends, torch.device(device))) for device in ("cuda:1", "cpu")]
+    assert found == [of_a_network_on_a_gpu, of_one_on_the_cpu]
 
 
 def test_a_network_that_is_not_wrapped_stays_so() -> None:

@@ -194,6 +194,68 @@ def test_gradients_that_are_not_finite_are_skipped() -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+def _step_on(pruner: GradualPruner, optimizer: Any, batch: Any, finite: bool) -> bool:
+    _backward(pruner, batch)
+    if not finite:  # as where GradScaler skips the step
+        for p in pruner.model.parameters():
+            p.grad = torch.full_like(p, torch.inf)
+    pruner.after_backward()
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return pruner.step(optimizer)
+
+
+def test_a_milestone_without_finite_scores_is_put_off() -> None:
+    pruner = _pruner(every=1)
+    optimizer = _sgd(pruner)
+    for batch in batches(5):
+        assert not _step_on(pruner, optimizer, batch, finite=False)
+    assert pruner.milestone == 0 and plan_of(pruner.network).units[0].size == 8
+    again = _pruner(every=1)
+    again.load_state_dict(_stored(pruner.state_dict()))
+    assert again._put_off == pruner._put_off == 5
+    assert [_step_on(pruner, optimizer, b, finite=True) for b in batches(3)] == [True] * 3
+    assert pruner.done and pruner._put_off == 0
+
+
+def test_the_milestones_after_one_that_was_put_off_come_when_they_would() -> None:
+    pruner = _pruner(every=3)
+    optimizer = _sgd(pruner)
+    finite = [False] * 4 + [True] * 5
+    cuts = [
+        _step_on(pruner, optimizer, batch, fine)
+        for batch, fine in zip(batches(9), finite, strict=True)
+    ]
+    assert [k for k, cut in enumerate(cuts, 1) if cut] == [5, 6, 9]
+    assert pruner.done
+
+
+def test_scores_that_are_never_finite_are_an_error() -> None:
+    pruner = _pruner(every=18)
+    optimizer = _sgd(pruner)
+    for batch in batches(35):
+        _step_on(pruner, optimizer, batch, finite=False)
+    for _ in range(2):
+        with pytest.raises(SaliencyError, match=r"not finite in any of 3[67] minibatches"):
+            _step_on(pruner, optimizer, batches(1)[0], finite=False)
+    assert pruner.milestone == 0 and pruner._count == 35
+    assert _step_on(pruner, optimizer, batches(1)[0], finite=True)
+
+
+def test_an_error_at_a_milestone_leaves_the_schedule_as_it_is() -> None:
+    pruner = _pruner()
+    optimizer = _sgd(pruner)
+    _train(pruner, optimizer, batches(1))
+    _backward(pruner, batches(1)[0])
+    pruner.after_backward()
+    with pytest.raises(InputError, match="SGD has no parameter of the network"):
+        pruner.step(torch.optim.SGD(network().parameters(), 0.1))
+    assert pruner._count == 1
+    assert pruner.step(optimizer) and pruner._count == 2
+    assert _train(pruner, optimizer, batches(2)) == [False, True]
+
+
 def test_mixed_precision_accumulation_and_clipping() -> None:
     pruner = _pruner()
     optimizer = _sgd(pruner)

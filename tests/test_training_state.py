@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import runpy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +12,15 @@ import pytest
 import torch
 from torch import nn
 
+import halp_fx
 from halp_fx.errors import InputError
+from halp_fx.latency import Analytic
 from halp_fx.training import GradualPruner
 from halp_fx.training.scores import _finest
 from tests.training_networks import Residual, batches, example, network
+
+_DOCS = Path(__file__).resolve().parent.parent / "docs" / "training.md"
+_SETTINGS = 'steps=3, every=2, latency="analytic"'
 
 
 def _pruner(**options: Any) -> GradualPruner:
@@ -129,3 +137,104 @@ def test_scores_are_summed_up_in_what_the_device_has() -> None:
     pruner._scores.totals = [t.float() for t in pruner._scores.totals]  # as there
     scores = pruner._scores.saliency(pruner.plan.units).scores
     assert all(own.dtype == np.float64 and np.isfinite(own).all() for own in scores)
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "message"),
+    [
+        ({"round_to": 4}, {}, "saved with round_to=4, this pruner has round_to=None"),
+        ({}, {"min_share": 0.2}, "saved with min_share=0.1, this pruner has min_share=0.2"),
+        (
+            {"min_share": {"5": 0.3}}, {"min_share": {"5": 0.2}},
+            r"saved with min_share 0\.3 for group \d of \d, this pruner has 0\.2: build it",
+        ),
+        ({}, {"min_width": 2}, "saved with min_width=0, this pruner has min_width=2"),
+        ({}, {"drop_blocks": False}, "saved with drop_blocks=True"),
+        ({}, {"exact": True}, "saved with exact=False"),
+        ({}, {"solver": "greedy"}, "saved with solver='joint'"),
+        ({}, {"saliency": "fisher"}, "saved with saliency='taylor1.5'"),
+        (
+            {"schedule": lambda p: p}, {"schedule": lambda p: p**2},
+            r"saved with schedule 0\.333\d* for milestone 1 of 3, this pruner has 0\.111",
+        ),
+        ({"schedule": lambda p: p}, {}, "this pruner has schedule='exponential'"),
+        (
+            {}, {"latency": Analytic(bandwidth_gbs=19.0)},
+            r"latencies of another device or other settings \(bandwidth_gbs: 20\.0, here 19\.0\)",
+        ),
+    ],
+)  # fmt: skip
+def test_a_state_of_a_pruner_with_other_arguments_is_an_error(
+    saved: dict[str, Any], here: dict[str, Any], message: str
+) -> None:
+    state = _pruner(**saved).state_dict()
+    with pytest.raises(InputError, match=message):
+        _pruner(**here).load_state_dict(state)
+    _pruner(**saved).load_state_dict(state)
+
+
+def test_a_state_of_another_size_of_inputs_is_an_error() -> None:
+    state = _pruner().state_dict()
+    larger = torch.rand(2, 1, 16, 16)
+    other = GradualPruner(network(), 0.4, larger, steps=3, every=2, latency="analytic")
+    with pytest.raises(
+        InputError, match=r"the dense network takes .* ms here, and took .* ms wher"
+    ):
+        other.load_state_dict(state)
+
+
+def test_a_state_that_lacks_newer_settings_is_taken() -> None:
+    state = _pruner(schedule=lambda p: p).state_dict()
+    older = ("budget", "steps", "every", "soft", "solver", "saliency", "smoothing")
+    state["settings"] = {name: state["settings"][name] for name in older} | {"schedule": "own"}
+    del state["put_off"]
+    _pruner(schedule=lambda p: p).load_state_dict(state)
+
+
+def test_a_run_with_dropout_goes_on_as_the_docs_have_it(tmp_path: Path) -> None:
+    """The blocks of the section, with little data around them."""
+    _, _, text = _DOCS.read_text(encoding="utf-8").partition("## Stop and go on\n")
+    save, load = re.findall(r"```python\n(.*?)```", text.partition("\n## ")[0], re.DOTALL)
+    load = load.replace('steps=30, every=100, latency="onnxruntime"', _SETTINGS)
+    load = load.replace('GradScaler("cuda")', 'GradScaler("cpu")')
+
+    def run(code: str, names: dict[str, Any]) -> dict[str, Any]:
+        (tmp_path / "block.py").write_text(code.replace("run.pt", str(tmp_path / "run.pt")))
+        return runpy.run_path(str(tmp_path / "block.py"), init_globals=names)
+
+    model = nn.Sequential(*network()[:-1], nn.Dropout(0.5), nn.Linear(16, 10))
+    data = batches(8)
+
+    def train(names: dict[str, Any], data: list[Any]) -> Any:
+        for images, classes in data:
+            loss = nn.functional.cross_entropy(names["pruner"].model(images), classes)
+            names["scaler"].scale(loss).backward()
+            names["scaler"].unscale_(names["optimizer"])
+            names["pruner"].after_backward()
+            names["scaler"].step(names["optimizer"])
+            names["scaler"].update()
+            names["optimizer"].zero_grad()
+            names["scheduler"].step()
+            names["pruner"].step(names["optimizer"])
+        return _weights(names["pruner"])
+
+    torch.manual_seed(3)
+    pruner = GradualPruner(model, 0.5, example(), steps=3, every=2, latency="analytic")
+    optimizer = _sgd(pruner)
+    names: dict[str, Any] = {
+        "pruner": pruner,
+        "optimizer": optimizer,
+        "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5000),
+        "scaler": torch.amp.GradScaler("cpu", growth_interval=3),
+    }
+    train(names, data[:5])
+    run(save, {**names, "torch": torch})
+    ends = train(names, data[5:])
+    torch.manual_seed(4)
+    given = {"halp_fx": halp_fx, "torch": torch, "model": model, "example_inputs": example()}
+    again = run(load, given)
+    resumed = train(again, data[5:])
+    assert list(ends) == list(resumed)
+    assert all(torch.equal(value, resumed[name]) for name, value in ends.items())
+    assert again["scheduler"].state_dict() == names["scheduler"].state_dict()
+    assert again["scaler"].state_dict() == names["scaler"].state_dict()

@@ -271,3 +271,96 @@ def test_several_optimisers_are_carried_and_what_is_not_the_networks_stays() -> 
     for optimizer, key in ((one, "momentum_buffer"), (two, "exp_avg_sq")):
         assert optimizer.state
         assert all(state[key].shape == p.shape for p, state in optimizer.state.items())
+
+
+class _Lookahead(torch.optim.Optimizer):
+    """As timm's: it shares the groups of the optimiser inside, and keeps all states there."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__([torch.zeros(1)], {})
+        self._base_optimizer = inner
+        self.param_groups = inner.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self._base_optimizer.step(closure)
+
+
+def test_the_state_of_an_optimiser_in_a_wrapper_is_carried() -> None:
+    ends = []
+    for wrapped in (False, True):
+        pruner = _pruner()
+        inner = torch.optim.AdamW(pruner.model.parameters(), 1e-2)
+        assert any(_trained(pruner, _Lookahead(inner) if wrapped else inner, 6))
+        held = [p for group in inner.param_groups for p in group["params"]]
+        assert set(inner.state) == set(held)
+        assert all(state["exp_avg"].shape == p.shape for p, state in inner.state.items())
+        assert {float(state["step"]) for state in inner.state.values()} == {6.0}
+        ends.append(pruner.network.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_timm_s_lookahead() -> None:
+    optim = pytest.importorskip("timm.optim")
+    pruner = _pruner()
+    inner = torch.optim.SGD(pruner.model.parameters(), 0.05, momentum=0.9)
+    assert any(_trained(pruner, optim.Lookahead(inner, k=1), 4))
+    held = [p for group in inner.param_groups for p in group["params"]]
+    assert set(inner.state) == set(held)
+    for p, state in inner.state.items():
+        assert state["momentum_buffer"].shape == state["lookahead_slow_buff"].shape == p.shape
+
+
+def _with_state(make: Callable[[torch.Tensor], Any]) -> tuple[GradualPruner, torch.optim.Optimizer]:
+    """A pruner that is scored, and an optimiser with a state of this kind for each weight."""
+    pruner = _pruner(drop_blocks=False)
+    optimizer = torch.optim.SGD(pruner.model.parameters(), 0.1)
+    images, classes = batches(1)[0]
+    nn.functional.cross_entropy(pruner.model(images), classes).backward()
+    pruner.after_backward()
+    for p in pruner.network.parameters():
+        optimizer.state[p]["own"] = make(p)
+    return pruner, optimizer
+
+
+def test_states_in_dicts_are_cut_too() -> None:
+    pruner, optimizer = _with_state(lambda p: {"moments": (p.detach() * 2, 3), "step": 7})
+    held = optimizer.state[pruner.network.get_parameter("0.weight")]["own"]
+    assert pruner.finish(optimizer)
+    assert held["moments"][0].shape[0] == 8  # the one from before is left as it was
+    for p in pruner.network.parameters():
+        own = optimizer.state[p]["own"]
+        assert torch.equal(own["moments"][0], p.detach() * 2)
+        assert own["moments"][1] == 3 and own["step"] == 7
+
+
+def test_states_in_dicts_that_can_not_be_cut_are_an_error() -> None:
+    pruner, optimizer = _with_state(lambda p: {"factor": torch.ones(p.numel() + 1)})
+    with pytest.raises(InputError, match=r"the state 'own' of '0.weight', 'factor', has the shape"):
+        pruner.finish(optimizer)
+
+    class Preconditioner:
+        def __init__(self, p: torch.Tensor) -> None:
+            self.factor = torch.ones_like(p)
+
+    pruner, optimizer = _with_state(Preconditioner)
+    with pytest.raises(InputError, match=r"'own' of '0.weight' is a Preconditioner that holds ten"):
+        pruner.finish(optimizer)
+    assert pruner.milestone == 0
+
+
+def test_synchronised_batch_norm_stays() -> None:
+    pruner = _pruner(drop_blocks=False)
+    nn.SyncBatchNorm.convert_sync_batchnorm(pruner.network)
+    optimizer = torch.optim.SGD(pruner.model.parameters(), 0.1, momentum=0.9)
+    ema = AveragedModel(pruner.network)
+    assert any(_trained(pruner, optimizer, 3, ema))
+    other = _pruner(drop_blocks=False)
+    nn.SyncBatchNorm.convert_sync_batchnorm(other.network)
+    other.load_state_dict(pruner.state_dict())
+    for net in (pruner.network, ema.module, other.network):
+        norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    plain = _pruner(drop_blocks=False)
+    _trained(plain, torch.optim.SGD(plain.model.parameters(), 0.1, momentum=0.9), 3)
+    for name, value in plain.network.state_dict().items():
+        assert torch.equal(value, pruner.network.state_dict()[name])

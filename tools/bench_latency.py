@@ -179,7 +179,7 @@ def _torch_pruned(
         import torch_pruning as tp
     except ImportError as e:
         raise DependencyError(
-            "the comparison needs the package torch_pruning: run pip install torch-pruning"
+            'the comparison needs the package torch_pruning: run pip install "halp-fx[peers]"'
         ) from e
     import copy
 

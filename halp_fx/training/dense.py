@@ -16,7 +16,7 @@ from halp_fx.passes.rules.plan import alive_labels, kept_indices
 from halp_fx.passes.rules.scope import Selection, scope_of
 from halp_fx.passes.rules.structure import named_tensors, substitute_copy
 from halp_fx.passes.trace import trace
-from halp_fx.training.surgery import Cuts, Positions, cuts_between, fill
+from halp_fx.training.surgery import Cuts, Positions, cuts_between, fill, synchronise_like
 from halp_fx.types import ChannelGroups, Plan
 
 __all__ = ["Dense"]
@@ -85,6 +85,7 @@ class Dense:
         self._take_in(present, before)
         fresh = self.build(after)
         fill(fresh, present, self.cuts(present, before, after))
+        synchronise_like(fresh, present)
         return fresh
 
     def cuts(self, present: fx.GraphModule, before: Plan, after: Plan) -> Cuts:

@@ -154,8 +154,14 @@ class Distillation:
         if index is not None:
             dim = -1 if isinstance(layer, (nn.Linear, nn.LayerNorm, nn.Embedding)) else 1
             seen = seen.index_select(dim, index.to(seen.device))
+        own, seen = _precise(own), _precise(seen)
         size = seen.square().mean().clamp_min(1e-12)
         return F.mse_loss(own, seen.to(own.dtype)) / size
+
+
+def _precise(values: torch.Tensor) -> torch.Tensor:
+    """At least float32: squares of half precision overflow from 256 on."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def _check_settings(temperature: float, alpha: float, label_smoothing: float) -> None:
@@ -187,7 +193,8 @@ def _outputs(network: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tor
 
     def keep(name: str) -> Any:
         def hook(layer: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG001
-            seen[name] = output
+            # A copy: an in-place operation that follows, as ReLU or +=, would change it.
+            seen[name] = output.clone() if isinstance(output, torch.Tensor) else output
 
         return hook
 

@@ -173,10 +173,7 @@ class PruningCallback(_Callback):  # type: ignore[misc]  # Lightning may not be 
             return
         pruner, name = self._started(), self._name_in(pl_module)
         copies = [average.get_submodule(name) for _, average in _averages(trainer)]
-        synchronised = any(isinstance(m, nn.SyncBatchNorm) for m in pruner.network.modules())
         if pruner.step(self._optimizers(trainer), ema=copies):
-            if synchronised:
-                nn.SyncBatchNorm.convert_sync_batchnorm(pruner.network)
             _wrap_again(trainer.strategy, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from halp_fx.passes.rules.scope import output_dims, owner_of
-from halp_fx.passes.rules.structure import named_tensors
+from halp_fx.passes.rules.structure import named_tensors, tensor_at
 from halp_fx.types import ChannelGroups, IntArray, Member
 
 __all__ = ["Mask", "complement"]
@@ -20,6 +20,7 @@ __all__ = ["Mask", "complement"]
 class _Columns:
     """Weights that read masked units of one group."""
 
+    name: str
     parameter: nn.Parameter
     dim: int
     positions: torch.Tensor  # (units * width,) int64, along `dim`
@@ -29,9 +30,10 @@ class _Columns:
         whole = self.parameter.detach()
         return whole.index_select(self.dim, self.positions.to(whole.device))
 
-    def set(self, value: torch.Tensor) -> None:
-        whole = self.parameter.detach()
-        whole.index_copy_(self.dim, self.positions.to(whole.device), value.to(whole))
+    def set(self, value: torch.Tensor, copies: Sequence[nn.Module] = ()) -> None:
+        for own in (self.parameter, *(tensor_at(each, self.name) for each in copies)):
+            whole = own.detach()
+            whole.index_copy_(self.dim, self.positions.to(whole.device), value.to(whole))
 
 
 class Mask:
@@ -41,6 +43,9 @@ class Mask:
     the weights at zero; what the optimiser adds to them is added to those that are kept aside,
     so they are trained as if the mask let gradients through (Lin et al., Dynamic Model Pruning
     with Feedback, ICLR 2020).
+
+    Averaged copies are masked alike. An average over zeros says nothing about a unit that comes
+    back, so it starts again at the network's weights.
     """
 
     def __init__(self, groups: ChannelGroups) -> None:
@@ -48,30 +53,35 @@ class Mask:
         self.units: list[IntArray] | None = None  # masked units of each group
         self._columns: list[_Columns] = []
 
-    def put(self, network: fx.GraphModule, removed: Sequence[IntArray]) -> None:
+    def put(
+        self,
+        network: fx.GraphModule,
+        removed: Sequence[IntArray],
+        copies: Sequence[nn.Module] = (),
+    ) -> None:
         """Mask these units of a network with dense widths; those masked before come back first."""
-        self.lift()
+        self.lift(copies)
         self.units = list(removed)
         with torch.no_grad():
             for g, own in enumerate(removed):
                 for parameter, member in self._readers(network, g) if len(own) else ():
                     index = torch.from_numpy(member.index[own].reshape(-1)).to(parameter.device)
                     kept = parameter.detach().index_select(member.dim, index)
-                    columns = _Columns(parameter, member.dim, index, kept)
-                    columns.set(torch.zeros_like(kept))
+                    columns = _Columns(member.name, parameter, member.dim, index, kept)
+                    columns.set(torch.zeros_like(kept), copies)
                     self._columns.append(columns)
 
-    def absorb(self) -> None:
+    def absorb(self, copies: Sequence[nn.Module] = ()) -> None:
         """Take over what the optimiser did to the masked weights, and set them to zero again."""
         for columns in self._columns:
             change = columns.now()
             columns.kept.add_(change.to(columns.kept))
-            columns.set(torch.zeros_like(change))
+            columns.set(torch.zeros_like(change), copies)
 
-    def lift(self) -> None:
+    def lift(self, copies: Sequence[nn.Module] = ()) -> None:
         """Put all weights back where they belong."""
         for columns in reversed(self._columns):  # where two overlap, the first has the whole
-            columns.set(columns.kept)
+            columns.set(columns.kept, copies)
         self._columns, self.units = [], None
 
     def state(self) -> list[torch.Tensor]:

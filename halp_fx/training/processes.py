@@ -77,7 +77,15 @@ def check_same(text: str, what: str, device: torch.device) -> None:
 
 def _device(device: torch.device) -> torch.device:
     """Where the process group takes tensors."""
-    return device if dist.get_backend() == "nccl" else torch.device("cpu")
+    return _taking(dist.get_backend_config(), device)
+
+
+def _taking(backends: str, device: torch.device) -> torch.device:
+    """The CPU where one of the back-ends, as "cpu:gloo,cuda:nccl", is for it; else the device."""
+    kinds = [each.partition(":")[0] for each in backends.split(",")]
+    if "cpu" in kinds:
+        return torch.device("cpu")
+    return device if device.type in kinds else torch.device(kinds[0])
 
 
 def _broadcast(text: str, device: torch.device) -> str:

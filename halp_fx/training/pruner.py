@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from halp_fx.passes.latency import price
 from halp_fx.passes.rules.scope import Selection
 from halp_fx.passes.rules.widths import Widths
 from halp_fx.passes.rules.wrappers import unwrapped
+from halp_fx.passes.saliency import DEFAULT
 from halp_fx.passes.select import check_solver
 from halp_fx.training.arguments import (
     Optimizers,
@@ -31,15 +33,16 @@ from halp_fx.training.choice import Chooser, plan_from_text, plan_to_text
 from halp_fx.training.dense import Dense
 from halp_fx.training.masking import Mask, complement
 from halp_fx.training.processes import agreed, check_same
-from halp_fx.training.schedule import Schedule, check_schedule
-from halp_fx.training.scores import GradientScores
-from halp_fx.training.state import check_state, same_random_state, same_widths
+from halp_fx.training.schedule import Schedule, check_schedule, shares
+from halp_fx.training.scores import GradientScores, NotFiniteError
+from halp_fx.training.state import check_state, one_or_all, same_random_state, same_widths
 from halp_fx.training.surgery import (
     adopt,
     carry_optimizer,
     check_optimizer,
     copy_inside,
     load_values,
+    synchronise_like,
 )
 from halp_fx.training.wrapping import Wrap, retire, wrapping_of
 from halp_fx.types import Plan
@@ -47,6 +50,7 @@ from halp_fx.types import Plan
 __all__ = ["GradualPruner"]
 
 _MIN_SHARE = 0.1
+_HALVINGS = 16  # of GradScaler, from 2**16: so many steps may overflow at first
 
 
 class GradualPruner:
@@ -115,7 +119,7 @@ class GradualPruner:
         min_width: int | Mapping[str, int] = 0,
         round_to: int | Mapping[str, int] | None = None,
         soft: bool = False,
-        saliency: str = "taylor1.5",
+        saliency: str = DEFAULT,
         smoothing: float | None = None,
         verify: bool = True,
         wrap: Wrap | None = None,
@@ -137,12 +141,8 @@ class GradualPruner:
         self.steps, self.every, self.soft = steps, every, soft
         self.milestone = 0  # milestones that were passed
         self._count = 0  # optimiser steps
+        self._put_off = 0  # how often the next milestone was put off
         self._scored = False  # whether this optimiser step's gradients were taken in
-        self._settings = {
-            "budget": str(limit), "steps": steps, "every": every, "soft": soft, "solver": solver,
-            "saliency": saliency,
-            "smoothing": smoothing, "schedule": schedule if isinstance(schedule, str) else "own",
-        }  # fmt: skip
         with same_random_state():
             self._dense = Dense.of(
                 model, example_inputs, include=include, exclude=exclude, exact=exact
@@ -159,9 +159,25 @@ class GradualPruner:
                     drop_blocks, verify,
                 )  # fmt: skip
                 self._chooser.check()
-                return ""
+                costs = self._chooser.costs
+                return json.dumps({"latency": costs.device, "dense_ms": costs.dense_ms})
 
-            agreed(prepare, device)
+            self._settings = {
+                "budget": str(limit),
+                "steps": steps,
+                "every": every,
+                "soft": soft,
+                "solver": solver,
+                "saliency": saliency,
+                "smoothing": smoothing,
+                "schedule": shares(schedule, steps),
+                "exact": exact,
+                "drop_blocks": drop_blocks,
+                "min_share": one_or_all([own.min_share for own in widths]),
+                "min_width": one_or_all([own.min_width for own in widths]),
+                "round_to": one_or_all([own.round_to for own in widths]),
+                **json.loads(agreed(prepare, device)),
+            }
             self._built = self._chosen = self._dense.whole()
             self.network: fx.GraphModule = self._dense.build(self._built)
             self._scores = GradientScores(groups, saliency, smoothing)
@@ -208,13 +224,16 @@ class GradualPruner:
 
         Call it after each `optimizer.step()` and `zero_grad()`. `pruner.network` stays the same
         object; its layers and parameters are new ones after a cut, and so is `pruner.model` where
-        the network is wrapped.
+        the network is wrapped. A milestone for which no minibatch gave finite scores is tried
+        again at each step that follows, for one more interval. After an error, the next call
+        counts as the same step.
 
         Args:
             optimizer: the optimiser, or all of them: states of the parameters that stay are cut.
                 An empty list if there is none.
             ema: averaged copies to cut as well: a `torch.optim.swa_utils.AveragedModel` of
                 `pruner.network`, any module that has a copy in `.module`, a copy, or several.
+                With `soft` they are masked too: pass them at every step.
 
         Returns:
             Whether the network was cut just now.
@@ -225,12 +244,18 @@ class GradualPruner:
             InfeasibleError, SaliencyError: see `halp_fx.compile`. Nothing was changed then.
         """
         optimizers_in(optimizer)
-        self._count += 1
         self._scored = False
-        self._mask.absorb()
-        if self.done or self._count % self.every:
-            return False
-        return self._advance(self.milestone + 1, optimizer, ema)
+        self._absorb(ema)
+        cut, count = False, self._count + 1
+        if not self.done and count >= self.every * (self.milestone + 1):
+            try:
+                cut = self._advance(self.milestone + 1, optimizer, ema)
+            except NotFiniteError:
+                if self._put_off >= max(self.every, _HALVINGS):
+                    raise
+                self._put_off += 1
+        self._count = count
+        return cut
 
     def finish(self, optimizer: Optimizers, *, ema: Any = None) -> bool:
         """Go to the final budget now, whatever milestones are left.
@@ -242,7 +267,7 @@ class GradualPruner:
             Whether the network was cut just now.
         """
         self._scored = False
-        self._mask.absorb()
+        self._absorb(ema)
         return False if self.done else self._advance(self.steps, optimizer, ema, recall=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -256,6 +281,7 @@ class GradualPruner:
             "groups": self._group_names(),
             "count": self._count,
             "milestone": self.milestone,
+            "put_off": self._put_off,
             "built": plan_to_text(self._built),
             "chosen": plan_to_text(self._chosen),
             "scores": self._scores.state_dict(),
@@ -282,11 +308,13 @@ class GradualPruner:
             with same_random_state():
                 fresh = self._dense.build(built)
             load_values(fresh, present, state["network"])
+            synchronise_like(fresh, present)
             adopt(present, fresh)
             self.model = self._wrapped()
         self._built = built
         self._chosen = plan_from_text(state["chosen"], self._dense.groups)
         self._count, self.milestone = int(state["count"]), int(state["milestone"])
+        self._put_off = int(state.get("put_off", 0))
         self._scored = False
         self._scores.follow(present, built.units, built.kept)
         self._scores.load_state_dict(state["scores"])
@@ -295,6 +323,12 @@ class GradualPruner:
         if any(len(own) for own in hidden):
             self._mask.put(present, hidden)
             self._mask.load_state(state["masked"])
+            self._scores.hide(hidden)
+
+    def _absorb(self, ema: Any) -> None:
+        """Keep masked weights at zero, in averaged copies too."""
+        if self._mask.units is not None:
+            self._mask.absorb([copy_inside(each, self.network) for each in listed(ema)])
 
     def _advance(
         self, milestone: int, optimizer: Optimizers, ema: Any, recall: bool = False
@@ -321,7 +355,7 @@ class GradualPruner:
 
             chosen = plan_from_text(agreed(decide, device), self._dense.groups)
             cut = self._carry_out(chosen, optimizers, copies, final=milestone >= self.steps)
-        self.milestone = milestone
+        self.milestone, self._put_off = milestone, 0
         self._scores.start_again()
         return cut
 
@@ -336,9 +370,11 @@ class GradualPruner:
         network, before, dense = self.network, self._built, self._dense
         self._chosen = chosen
         if self.soft and not final:
-            self._mask.put(network, complement(before.units, chosen.units))
+            hidden = complement(before.units, chosen.units)
+            self._mask.put(network, hidden, copies)
+            self._scores.hide(hidden)
             return False
-        self._mask.lift()
+        self._mask.lift(copies)
         pairs = zip(before.units, chosen.units, strict=True)
         if all(len(old) == len(new) for old, new in pairs):
             network.meta["halp_fx"] = dense.without_network(chosen)

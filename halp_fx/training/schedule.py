@@ -9,7 +9,7 @@ from typing import TypeAlias
 from halp_fx.errors import InputError
 from halp_fx.stepwise import target_at
 
-__all__ = ["Schedule", "check_schedule", "limit_at"]
+__all__ = ["Schedule", "check_schedule", "limit_at", "shares"]
 
 Schedule: TypeAlias = str | Callable[[float], float]
 _ACCEPTED = (
@@ -70,3 +70,10 @@ def limit_at(
     if schedule == "linear":
         return dense + (target - dense) * share
     return target_at(dense, target, share)
+
+
+def shares(schedule: Schedule, steps: int) -> str | list[float]:
+    """A schedule as a plain value: its name, or the share of the reduction at each milestone."""
+    if isinstance(schedule, str):
+        return schedule
+    return [float(schedule(t / steps)) for t in range(1, steps + 1)]

@@ -16,9 +16,13 @@ from halp_fx.passes.saliency import BY_GRADIENTS, score
 from halp_fx.training.processes import sum_up
 from halp_fx.types import ChannelGroups, FloatArray, Group, IntArray, Member, Saliency
 
-__all__ = ["GradientScores"]
+__all__ = ["GradientScores", "NotFiniteError"]
 
 _Kept = Mapping[str, tuple[torch.Tensor | None, ...]]
+
+
+class NotFiniteError(SaliencyError):
+    """No minibatch gave a group a score that is finite."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class GradientScores:
         self._sources = [_scored_members(groups, g) for g in groups.groups]
         self._parts: list[list[_Part]] = []
         self._alive: list[torch.Tensor] = []
+        self._shown: list[torch.Tensor] | None = None  # bool, like `_alive`; None: all
         self.totals: list[torch.Tensor] = []  # (units of the dense group,) each
         self.weights: list[torch.Tensor] = []  # () each
         self.batches = 0
@@ -59,6 +64,7 @@ class GradientScores:
     def follow(self, network: fx.GraphModule, units: Sequence[IntArray], kept: _Kept) -> None:
         """Read the gradients of this network from now on; units that are gone are forgotten."""
         device = next(network.parameters()).device
+        self._shown = None
         self._alive = [torch.from_numpy(u).to(device) for u in units]
         self._parts = [
             [_part(network, m, own, kept) for m in members if len(own) and not _gone(m, kept)]
@@ -78,6 +84,13 @@ class GradientScores:
             total.zero_()
             total[alive] = remaining
 
+    def hide(self, masked: Sequence[IntArray]) -> None:
+        """Leave the averages of these units as they are: their gradients say nothing."""
+        self._shown = [torch.ones_like(alive, dtype=torch.bool) for alive in self._alive]
+        for shown, own in zip(self._shown, masked, strict=True):
+            # Nothing is cut while there is a mask: units are positions.
+            shown[torch.from_numpy(own).to(shown.device)] = False
+
     def add(self, scale: float) -> None:
         """Take the gradients of one minibatch in; they are `scale` times the loss's.
 
@@ -91,17 +104,23 @@ class GradientScores:
         present = next((part.parameter for parts in self._parts for part in parts), None)
         if present is not None:  # None: all channels that can go are gone
             self._move(present.device)
-        each = zip(self._parts, self._alive, self.totals, self.weights, strict=True)
-        for parts, alive, total, weight in each:
+        shown_units: Sequence[torch.Tensor | None] = self._shown or [None] * len(self._parts)
+        each = zip(self._parts, self._alive, shown_units, self.totals, self.weights, strict=True)
+        for parts, alive, shown, total, weight in each:
             if not parts:
                 continue
             value = torch.stack([_products(part) for part in parts]).sum(0) / scale
             value = value.abs() ** BY_GRADIENTS[self.method]
             # No branch on the values: that would wait for the device in every step.
             fine = torch.isfinite(value).all()
-            new = total.index_select(0, alive) * keep + value * gain
-            total[alive] = torch.where(fine, new, total.index_select(0, alive))
-            weight.copy_(torch.where(fine, weight * keep + gain, weight))
+            old, weight_now = total.index_select(0, alive), weight * keep + gain
+            new = old * keep + value * gain
+            if shown is not None:
+                # The same average: totals are divided by the group's weight, which moves on.
+                still = old * torch.where(weight > 0, weight_now / weight, 0.0)
+                new = torch.where(shown, new, still)
+            total[alive] = torch.where(fine, new, old)
+            weight.copy_(torch.where(fine, weight_now, weight))
         self.batches += 1
 
     def saliency(
@@ -120,7 +139,8 @@ class GradientScores:
 
         Raises:
             InputError: no minibatch was taken in since the last choice.
-            SaliencyError: they are not finite in any minibatch, or all zero in a group.
+            NotFiniteError: those of a group are not finite in any minibatch.
+            SaliencyError: they are all zero.
         """
         totals, weights = [t.clone() for t in self.totals], [w.clone() for w in self.weights]
         batches = torch.full_like(weights[0], self.batches)
@@ -137,7 +157,7 @@ class GradientScores:
         each = zip(self.groups.groups, units, self._parts, totals, weights, strict=True)
         for group, own, parts, total, weight in each:
             if len(own) and parts and not float(weight):
-                raise SaliencyError(
+                raise NotFiniteError(
                     f"the saliency of group {group.name!r} is not finite in any of "
                     f"{self.batches} minibatches: check the loss for NaN or infinity"
                 )
@@ -206,6 +226,8 @@ class GradientScores:
         self.totals = [t.to(device, _finest(device)) for t in self.totals]
         self.weights = [w.to(device, _finest(device)) for w in self.weights]
         self._alive = [own.to(device) for own in self._alive]
+        if self._shown is not None:
+            self._shown = [own.to(device) for own in self._shown]
         self._parts = [
             [replace(part, index=part.index.to(device)) for part in parts] for parts in self._parts
         ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 from torch import nn
 
 from halp_fx.errors import InputError
+from halp_fx.latency.device import differences
 from halp_fx.types import Plan
 
-__all__ = ["check_state", "same_random_state", "same_widths"]
+__all__ = ["check_state", "one_or_all", "same_random_state", "same_widths"]
+
+_REPEATED = 0.1  # how much two measurements of a network may differ
 
 
 def check_state(state: Any, settings: Mapping[str, Any], groups: str) -> None:
@@ -29,12 +33,46 @@ def check_state(state: Any, settings: Mapping[str, Any], groups: str) -> None:
             "the state is of another network, or one with other include and exclude: its "
             f"groups are {state['groups'][:200]!r}, here {groups[:200]!r}"
         )
+    saved = state["settings"]
     for name, value in settings.items():
-        if state["settings"].get(name) != value:
-            raise InputError(
-                f"the state was saved with {name}={state['settings'].get(name)!r}, this pruner "
-                f"has {name}={value!r}: build it with the same arguments to go on"
-            )
+        if name in saved and not _alike(name, saved[name], value):  # older states lack some
+            raise InputError(_difference(name, saved[name], value))
+
+
+def one_or_all(values: Sequence[Any]) -> Any:
+    """What all groups have, or what each of them has."""
+    return values[0] if all(value == values[0] for value in values) else list(values)
+
+
+def _alike(name: str, saved: Any, value: Any) -> bool:
+    if name == "schedule" and saved == "own":  # how older states have a callable
+        return isinstance(value, list)
+    if name == "dense_ms":
+        return math.isclose(saved, value, rel_tol=_REPEATED)
+    return bool(saved == value)
+
+
+def _difference(name: str, saved: Any, value: Any) -> str:
+    again = "build it with the same arguments to go on"
+    if name == "latency":
+        return (
+            f"the state was saved with latencies of another device or other settings "
+            f"({'; '.join(differences(saved, value))}): {again}, on another device with the "
+            "latency table of that one as latency="
+        )
+    if name == "dense_ms":
+        return (
+            f"the dense network takes {value:.4g} ms here, and took {saved:.4g} ms where the state "
+            "was saved: pass the same example_inputs and latency to go on"
+        )
+    if isinstance(saved, list) and isinstance(value, list) and len(saved) == len(value):
+        k = next(i for i, (one, other) in enumerate(zip(saved, value, strict=True)) if one != other)
+        what = "milestone" if name == "schedule" else "group"
+        return (
+            f"the state was saved with {name} {saved[k]!r} for {what} {k + 1} of {len(saved)}, "
+            f"this pruner has {value[k]!r}: {again}"
+        )
+    return f"the state was saved with {name}={saved!r}, this pruner has {name}={value!r}: {again}"
 
 
 def same_widths(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "cuts_between",
     "fill",
     "load_values",
+    "synchronise_like",
 ]
 
 # Parameter or buffer -> for each dim the surviving indices of the dense one; None: all of them.
@@ -100,6 +102,17 @@ def fill(target: fx.GraphModule, present: nn.Module, cuts: Cuts) -> None:
     _take_modes(target, present)
 
 
+def synchronise_like(fresh: fx.GraphModule, present: nn.Module) -> None:
+    """Make batch norms of a freshly cut network synchronised where the present one's are."""
+    layers = dict(fresh.named_modules(remove_duplicate=False))
+    for path, part in present.named_modules(remove_duplicate=False):
+        own = layers.get(path)
+        if isinstance(part, nn.SyncBatchNorm) and own is not None:
+            parent, _, leaf = path.rpartition(".")
+            converted = nn.SyncBatchNorm.convert_sync_batchnorm(own, part.process_group)
+            setattr(fresh.get_submodule(parent), leaf, converted)
+
+
 def adopt(network: fx.GraphModule, fresh: fx.GraphModule) -> None:
     """Make `network` what `fresh` is, and stay the same object for those who hold it."""
     for store in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
@@ -116,37 +129,75 @@ def check_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module) -> Non
             it hands the parameters to another optimiser by lists of their own.
     """
     names = {id(p): name for name, p in network.named_parameters()}
-    used = [p for group in optimizer.param_groups for p in group["params"] if id(p) in names]
+    used = _used(optimizer, names)
     kind = type(optimizer).__name__
     if not used and any(p.requires_grad for p in network.parameters()):
         raise InputError(
             f"{kind} has no parameter of the network: build it from pruner.model.parameters(), "
             "not from the parameters of the model that was passed, and after load_state_dict()"
         )
-    _check_inner(optimizer)
-    for p in used:
-        for key, state in optimizer.state.get(p, {}).items():
-            _check_state(state, p, f"{kind}: the state {key!r} of {names[id(p)]!r}")
-
-
-def _check_inner(optimizer: torch.optim.Optimizer) -> None:
-    """Whether the optimiser inside of a wrapper, if there is one, sees the parameters change."""
-    for inner in (vars(optimizer).get("optim"), vars(optimizer).get("optimizer")):
-        if not isinstance(inner, torch.optim.Optimizer):
-            continue
-        if [id(group) for group in inner.param_groups] != [id(g) for g in optimizer.param_groups]:
+    groups = {id(group) for group in optimizer.param_groups}
+    for inner in _inside(optimizer):
+        if not {id(group) for group in inner.param_groups} <= groups:
             raise InputError(
-                f"{type(optimizer).__name__} keeps parameters in a {type(inner).__name__} inside, "
-                "which would go on with those from before a cut (ZeroRedundancyOptimizer shards "
-                "them so): use that optimiser itself"
+                f"{kind} keeps parameters in a {type(inner).__name__} inside, which would go on "
+                "with those from before a cut (ZeroRedundancyOptimizer shards them so): use that "
+                "optimiser itself"
             )
+    for states in _states(optimizer):
+        for p in used:
+            for key, state in states.get(p, {}).items():
+                _check_state(state, p, f"{kind}: the state {key!r} of {names[id(p)]!r}")
+
+
+def _used(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[torch.Tensor]:
+    """The parameters of the network, by their ids, that an optimiser trains."""
+    return [p for group in optimizer.param_groups for p in group["params"] if id(p) in names]
+
+
+def _inside(optimizer: Any) -> list[Any]:
+    """The optimisers that wrappers keep under whatever name: timm's Lookahead has one."""
+    found: list[Any] = []
+    todo = list(vars(optimizer).values())
+    while todo:
+        value = todo.pop()
+        if isinstance(value, (list, tuple)):
+            todo += [each for each in value if _is_optimizer(each)]
+        elif _is_optimizer(value) and not any(value is each for each in (optimizer, *found)):
+            found.append(value)
+            todo += vars(value).values()
+    return found
+
+
+def _is_optimizer(value: Any) -> bool:
+    own = getattr(value, "__dict__", {})
+    alike = isinstance(own.get("param_groups"), list) and isinstance(own.get("state"), Mapping)
+    return alike or isinstance(value, torch.optim.Optimizer)
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """The states by parameter of an optimiser and of those inside, which may share one."""
+    every = [optimizer.state, *(inner.state for inner in _inside(optimizer))]
+    return list({id(states): states for states in every}.values())
 
 
 def _check_state(state: Any, parameter: torch.Tensor, where: str) -> None:
+    if isinstance(state, Mapping):
+        for key, item in state.items():
+            _check_state(item, parameter, f"{where}, {key!r},")
+        return
     if isinstance(state, (list, tuple)):
         for item in state:
             _check_state(item, parameter, where)
-    if not isinstance(state, torch.Tensor) or state.numel() == 1:
+        return
+    if not isinstance(state, torch.Tensor):
+        if any(isinstance(own, torch.Tensor) for own in getattr(state, "__dict__", {}).values()):
+            raise InputError(
+                f"{where} is a {type(state).__name__} that holds tensors, which can't be cut: use "
+                "an optimiser whose states are tensors, or lists or dicts of them"
+            )
+        return
+    if state.numel() == 1:
         return
     fits = state.ndim == parameter.ndim and all(
         size in (whole, 1) for size, whole in zip(state.shape, parameter.shape, strict=True)
@@ -167,7 +218,7 @@ def carry_optimizer(
     Every state tensor with a parameter's shape, or its shape with some dims 1 (factored second
     moments), is cut as the parameter is; single numbers stay. Groups, their options and order
     stay, and so do learning rate schedules, which refer to the optimiser. Parameters that are
-    gone leave their group.
+    gone leave their group. States of an optimiser inside of a wrapper go the same way.
 
     Args:
         network: what it trains now; `check_optimizer` was content with it.
@@ -176,24 +227,29 @@ def carry_optimizer(
         A function of the network that has the parameters from then on.
     """
     names = {id(p): name for name, p in network.named_parameters()}
-    used = [p for group in optimizer.param_groups for p in group["params"] if id(p) in names]
-    states = {
-        id(p): {
-            k: _carried(v, p, cuts.get(names[id(p)], ())) for k, v in optimizer.state[p].items()
-        }
-        for p in used
-        if p in optimizer.state
-    }
+    used = _used(optimizer, names)
+    carried = [
+        (
+            states,
+            {
+                id(p): _carried(states[p], p, cuts.get(names[id(p)], ()))
+                for p in used
+                if p in states
+            },
+        )
+        for states in _states(optimizer)
+    ]
 
     def commit(after: nn.Module) -> None:
         fresh = dict(after.named_parameters(remove_duplicate=False))
-        for p in used:
-            optimizer.state.pop(p, None)
+        for states, left in carried:
+            for p in used:
+                states.pop(p, None)
+                new = fresh.get(names[id(p)])
+                if new is not None and id(p) in left:
+                    states[new] = left[id(p)]
         for group in optimizer.param_groups:
             pairs = [(p, fresh.get(names[id(p)]) if id(p) in names else p) for p in group["params"]]
-            for p, new in pairs:
-                if new is not None and id(p) in states:
-                    optimizer.state[new] = states[id(p)]
             labels = group.get("param_names")
             if labels:
                 group["param_names"] = [
@@ -205,8 +261,15 @@ def carry_optimizer(
 
 
 def _carried(state: Any, parameter: torch.Tensor, dims: tuple[torch.Tensor | None, ...]) -> Any:
+    if isinstance(state, Mapping):
+        own = copy.copy(state) if isinstance(state, MutableMapping) else dict(state)
+        for key, item in state.items():
+            own[key] = _carried(item, parameter, dims)
+        return own
     if isinstance(state, (list, tuple)):
-        return type(state)(_carried(item, parameter, dims) for item in state)
+        items = [_carried(item, parameter, dims) for item in state]
+        named = hasattr(state, "_fields")
+        return type(state)(*items) if named else type(state)(items)
     if not isinstance(state, torch.Tensor) or state.numel() == 1:
         return state
     pairs = zip(dims, state.shape, parameter.shape, strict=False)
