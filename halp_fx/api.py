@@ -58,10 +58,10 @@ def compile(
         latency: what a width costs. None measures this device with PyTorch, keeping the table;
             "torch", "onnxruntime" or "analytic" name a back-end; a back-end with options, as
             `halp_fx.latency.OnnxRuntime(threads=1)`; the path of a table; a `LatencyTable`.
-        saliency: "taylor1.5" (the mean of the first-order change of the loss to the power 1.5;
-            the default with data), "fisher" (its mean squares), "taylor" (HALP's: its mean absolute
-            values), "magnitude", or a callable that takes the `ChannelGroups` and returns group
-            name -> scores (units,).
+        saliency: "fisher" (mean squares of the first-order change of the loss; the default with
+            data), "taylor" (HALP's: its mean absolute values), "taylor1.5" (between the two),
+            "magnitude", or a callable that takes the `ChannelGroups` and returns group name ->
+            scores (units,).
         include: only the output channels of these modules and parameters may go: a glob over
             names ("layer1" takes in all below it, "*.conv2"), several, or a callable
             `(parameter name, dim) -> bool`. Norms, biases and depthwise convolutions follow the

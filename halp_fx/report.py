@@ -141,6 +141,7 @@ def _verdict(summary: Mapping[str, Any]) -> str:
             f"{met} the budget of {_ms(measured['budget'])}; by the latency table it takes "
             f"{_ms(latency['predicted'])}."
         )
+    first += _outside(summary["facts"])
     kind = f"Channels were scored by `{summary['saliency']}`"
     if summary["data_free"]:
         kind += ", from the weights alone: scores from data are better"
@@ -151,6 +152,19 @@ def _verdict(summary: Mapping[str, Any]) -> str:
         f"{_percent(summary['value_kept'])} of the saliency{left}, proven to be within "
         f"{_percent(summary['gap'], 2)} of the best choice of widths by the table."
     )
+
+
+def _outside(facts: Mapping[str, Any]) -> str:
+    """What pruning can't make faster, of a model whose core was pruned."""
+    if "outside_share" not in facts:
+        return ""
+    text = (
+        f" A call of the whole model takes {_ms(facts['whole_ms'])}, of which "
+        f"{_percent(facts['outside_share'])} are outside of what was pruned"
+    )
+    if "post_processing_share" in facts:
+        text += f" and {_percent(facts['post_processing_share'])} post-processing"
+    return f"{text}: no pruning makes these faster."
 
 
 def _spread(measured: Mapping[str, Any]) -> str:

@@ -23,9 +23,9 @@ from halp_fx.types import ChannelGroups, FloatArray, Group, Plan, Saliency
 __all__ = ["BY_GRADIENTS", "DEFAULT", "score", "score_survivors"]
 
 # Method -> the exponent of a minibatch's first-order change.
-BY_GRADIENTS = {"taylor1.5": 1.5, "fisher": 2.0, "taylor": 1.0}
+BY_GRADIENTS = {"fisher": 2.0, "taylor1.5": 1.5, "taylor": 1.0}
 _METHODS = (*BY_GRADIENTS, "magnitude")
-DEFAULT = "taylor1.5"  # with data
+DEFAULT = "fisher"  # with data
 
 _FEW = 4  # units below which a group may be worth nothing: a few dead channels are common
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -46,14 +46,15 @@ def score(
     minibatch: `t = sum over the coupled layers of gamma * dgamma + beta * dbeta` on batch norm,
     or `t = sum of W * dW` over the filters that make the channel where there is none.
 
-    - "fisher": the mean of `t ** 2` (Molchanov et al., CVPR 2019, equation 8; of coupled channels
-      Liu et al., *Group Fisher Pruning*, ICML 2021). Half of it is the second-order change near a
-      minimum, with the Fisher information of minibatches for the Hessian.
+    - "fisher", the default: the mean of `t ** 2` (Molchanov et al., CVPR 2019, equation 8; of
+      coupled channels Liu et al., *Group Fisher Pruning*, ICML 2021). Half of it is the
+      second-order change near a minimum, with the Fisher information of minibatches for the
+      Hessian.
     - "taylor", HALP's (NeurIPS 2022, section 3.1): the mean of `|t|`.
-    - "taylor1.5", the default: the mean of `|t| ** 1.5`, between the two. All rank the channels of
-      a group much alike; the exponent says how much many small channels count against a few large
-      ones of another group. By the square, much goes that fine-tuning would have needed; by the
-      absolute value, wide layers are kept at the cost of whole stages.
+    - "taylor1.5": the mean of `|t| ** 1.5`, between the two.
+
+    All rank the channels of a group much alike. The exponent says how much many small channels
+    count against a few large ones of another group, and which is best differs between networks.
 
     Minibatches whose scores are not finite are left out, group by group.
 
@@ -63,9 +64,9 @@ def score(
     Args:
         data: minibatches `(inputs, target)`; inputs a tensor or a tuple.
         loss: `loss(output, target)` -> scalar tensor.
-        method: "taylor1.5", "fisher", "taylor", "magnitude", or a callable that takes the groups
+        method: "fisher", "taylor1.5", "taylor", "magnitude", or a callable that takes the groups
             and returns a dict (group name -> scores) or a list of arrays, one (units,) a group.
-            None: "taylor1.5" with data, else "magnitude".
+            None: "fisher" with data, else "magnitude".
 
     Raises:
         InputError: data without loss, a loss that gives no gradient, a wrong batch.
@@ -104,7 +105,7 @@ def score_survivors(
     Args:
         network: what the plan was rewritten to; it is left as it is.
         plan: its groups are those of the dense network.
-        method: "taylor1.5", "fisher" or "taylor"; None: "taylor1.5".
+        method: "fisher", "taylor1.5" or "taylor"; None: "fisher".
 
     Returns:
         One array a group over the units of the dense network: 0 for those that are gone.

@@ -190,7 +190,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown saliency": (
         {"saliency": "entropy"},
         InputError,
-        "saliency='entropy' is not known: pass 'taylor1.5', 'fisher', 'taylor', 'magnitude'",
+        "saliency='entropy' is not known: pass 'fisher', 'taylor1.5', 'taylor', 'magnitude'",
     ),
     "loss without a gradient: argmax": (
         {"data": batches(), "loss": lambda output, target: output.argmax(1).float().mean()},
@@ -352,11 +352,11 @@ def test_control_flow_on_values_at_the_top() -> None:
         compiled(model)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "taylor1.5", "steps", "callable"])
+@pytest.mark.parametrize("method", ["magnitude", "fisher", "steps", "callable"])
 def test_success_leaves_the_model_alone(method: str) -> None:
     model = make_net()
     options: dict[str, Any] = {}
-    if method in ("taylor1.5", "steps"):
+    if method in ("fisher", "steps"):
         steps = 3 if method == "steps" else 1
         options = {"data": batches(), "loss": cross_entropy, "steps": steps}
     if method == "callable":

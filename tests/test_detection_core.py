@@ -229,7 +229,7 @@ def test_data_and_loss_are_of_the_whole_model() -> None:
         pruned = prune("encoder", model=model, data=data, loss=loss)
     assert seen == [torch.Size([2, 2])] * 2
     report = halp_fx.plan_of(pruned).report
-    assert (report["saliency"], report["data_free"]) == ("taylor1.5", False)
+    assert (report["saliency"], report["data_free"]) == ("fisher", False)
     hold(model, pruned)
 
 

@@ -90,11 +90,11 @@ def test_scores_on_batch_norm_by_hand(method: str) -> None:
     assert (found.method, found.data_free) == (method, False)
 
 
-def test_data_are_scored_between_taylor_and_fisher_where_nothing_is_said() -> None:
+def test_data_are_scored_by_fisher_where_nothing_is_said() -> None:
     model, data = make(), batches(3)
     groups = find_groups(trace(model, data[0][0]))
-    found, named = (score(groups, data, F.cross_entropy, m) for m in (None, "taylor1.5"))
-    assert found.method == "taylor1.5"
+    found, named = (score(groups, data, F.cross_entropy, m) for m in (None, "fisher"))
+    assert found.method == "fisher"
     for one, two in zip(found.scores, named.scores, strict=True):
         np.testing.assert_array_equal(one, two)
 
@@ -203,7 +203,7 @@ def test_data_may_be_a_generator_and_inputs_a_tuple() -> None:
         groups, data(), F.cross_entropy, progress=lambda done, total: seen.append((done, total))
     )
     assert seen == [(1, 1), (2, 2)]
-    assert found.method == "taylor1.5"
+    assert found.method == "fisher"
 
 
 def test_magnitude_by_hand() -> None:
@@ -267,7 +267,7 @@ def test_dead_groups_are_refused_small_ones_are_not() -> None:
         ({"data": []}, "data was given without loss"),
         ({"method": "taylor"}, "needs data and loss"),
         ({"method": "fisher"}, "needs data and loss"),
-        ({"method": "entropy"}, "'entropy' is not known: pass 'taylor1.5', 'fisher', 'taylor'"),
+        ({"method": "entropy"}, "'entropy' is not known: pass 'fisher', 'taylor1.5', 'taylor'"),
         ({"data": [], "loss": F.cross_entropy}, "data has no batches"),
         ({"data": ["a"], "loss": F.cross_entropy}, "must be a pair .inputs, target., not str"),
         ({"data": [(1, 2, 3)], "loss": F.cross_entropy}, "must be a pair"),

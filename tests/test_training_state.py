@@ -152,7 +152,7 @@ def test_scores_are_summed_up_in_what_the_device_has() -> None:
         ({}, {"drop_blocks": False}, "saved with drop_blocks=True"),
         ({}, {"exact": True}, "saved with exact=False"),
         ({}, {"solver": "greedy"}, "saved with solver='joint'"),
-        ({}, {"saliency": "fisher"}, "saved with saliency='taylor1.5'"),
+        ({}, {"saliency": "taylor"}, "saved with saliency='fisher'"),
         (
             {"schedule": lambda p: p}, {"schedule": lambda p: p**2},
             r"saved with schedule 0\.333\d* for milestone 1 of 3, this pruner has 0\.111",

@@ -25,7 +25,7 @@ def scores_of_whole(
     Args:
         data: minibatches `(inputs, target)` of the whole model.
         loss: `loss(output, target)` of the whole model's output.
-        method: "taylor1.5", "fisher" or "taylor", as for `halp_fx.passes.saliency.score`; None:
+        method: "fisher", "taylor1.5" or "taylor", as for `halp_fx.passes.saliency.score`; None:
             the first.
     """
 

@@ -49,7 +49,7 @@ def check_saliency(saliency: Any) -> None:
     """Whether it is a score that gradients give."""
     if saliency not in tuple(BY_GRADIENTS):  # what can't be hashed is no method either
         raise InputError(
-            f"saliency is {saliency!r}: pass 'taylor1.5', 'fisher' or 'taylor', which are taken "
+            f"saliency is {saliency!r}: pass 'fisher', 'taylor1.5' or 'taylor', which are taken "
             "from the gradients of the training loop"
         )
 

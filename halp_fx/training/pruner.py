@@ -72,8 +72,8 @@ class GradualPruner:
         soft: before the last milestone, channels are not cut but masked, and may come back: the
             weights that read them are zero whenever the network runs, and trained on aside. All
             is cut at the last.
-        saliency: "taylor1.5", the mean of the first-order change of the loss to the power 1.5;
-            "fisher", its mean squares; or "taylor", HALP's mean absolute values.
+        saliency: "fisher", mean squares of the first-order change of the loss; "taylor", HALP's
+            mean absolute values; or "taylor1.5", between the two.
         smoothing: None averages the scores of all minibatches since the last milestone; 0.9 is
             a moving average over minibatches in which the past weighs 0.9.
         wrap: what to put around the network, called after each cut: `lambda net: DDP(net, ...)`.

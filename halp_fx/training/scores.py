@@ -42,7 +42,7 @@ class GradientScores:
 
     Args:
         groups: of the dense network.
-        method: "taylor1.5", "fisher" or "taylor".
+        method: "fisher", "taylor1.5" or "taylor".
         smoothing: None averages the minibatches since the last choice; a number from 0 to below
             1 is the weight of the past in a moving average that goes on over choices.
     """

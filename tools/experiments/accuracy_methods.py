@@ -60,8 +60,8 @@ def _small_batches(task: Task, seed: int) -> Mapping[str, Any]:
     return {"data": task.scoring(seed, batch=8), "loss": task.loss}
 
 
-def _fisher(task: Task, seed: int) -> Mapping[str, Any]:
-    return {**_by_data(task, seed), "saliency": "fisher"}
+def _power(task: Task, seed: int) -> Mapping[str, Any]:
+    return {**_by_data(task, seed), "saliency": "taylor1.5"}
 
 
 def _halp_taylor(task: Task, seed: int) -> Mapping[str, Any]:
@@ -186,7 +186,8 @@ METHODS: dict[str, Method] = {
         _peer("tp-taylor-global", "Torch-Pruning, Taylor, global", "taylor", True),
         # The value of each part.
         _method("joint-taylor", "joint, HALP's scores", data=_halp_taylor),
-        _method("joint-fisher", "joint, mean squares", data=_fisher),
+        _method("joint-1.5", "joint, power 1.5", data=_power),
+        _method("joint-1.5-steps", "joint, power 1.5, five steps", data=_power, steps=5),
         _method("halp-scored", "HALP, our scores", solver="halp"),
         _method("greedy", "greedy on true costs", solver="greedy"),
         _method("uniform-scored", "uniform, our scores", solver="uniform", widths=(None, 1, 4, 8)),
@@ -210,8 +211,8 @@ METHODS: dict[str, Method] = {
 _NAMES = list(METHODS)
 SETS: dict[str, tuple[str, ...]] = {
     "main": tuple(_NAMES[:8]),
-    "parts": ("joint", "halp", *_NAMES[8:19]),
-    "scores": ("joint", *_NAMES[19:]),
+    "parts": ("joint", "halp", *_NAMES[8:20]),
+    "scores": ("joint", *_NAMES[20:]),
 }
 
 
