@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from halp_fx.latency import LatencyTable, Torch
 from halp_fx.tools import bench_latency
@@ -26,6 +27,29 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def quick(*_: Any, **options: Any) -> Torch:
     del options
     return Torch(threads=1, min_sample_ms=0.02, samples=3)
+
+
+class _Sized:
+    """What takes as long as it has weights, on a clock that only counts."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.ms = 0.01 + 1e-3 * sum(p.numel() for p in module.parameters())
+
+    def __call__(self) -> None: ...
+
+
+class Steady(Torch):
+    def prepare(self, module: nn.Module, inputs: Any) -> Any:
+        super().prepare(module, inputs)()  # it must run all the same
+        return _Sized(module)
+
+    def block_ms(self, run: Any, calls: int) -> float:
+        return float(run.ms * calls)
+
+
+def steady(*_: Any, **options: Any) -> Torch:
+    del options
+    return Steady(threads=1, samples=3)
 
 
 def test_predictions_are_checked(tmp_path: Path) -> None:
@@ -54,7 +78,7 @@ def test_next_to_torch_pruning(tmp_path: Path) -> None:
 
 
 def test_speedups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("halp_fx.tools.profiler.Torch", quick)
+    monkeypatch.setattr("halp_fx.tools.profiler.Torch", steady)
     text = ok("bench", "speedup", "--models", SMALL, "--backend", "torch", "--batches", "1,2",
               "--budgets", "0.9,0.0001", "-o", tmp_path)  # fmt: skip
     assert "measured with torch" in text
@@ -62,7 +86,8 @@ def test_speedups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(row["batch"], row["budget"]) for row in rows] == [
         ("1", "0.9"), ("1", "0.0001"), ("2", "0.9"), ("2", "0.0001"),
     ]  # fmt: skip
-    assert float(rows[0]["measured"]) > 0
+    assert 0 < float(rows[0]["measured"]) <= 0.9
+    assert float(rows[0]["speedup"]) == pytest.approx(1 / float(rows[0]["measured"]), rel=1e-3)
     assert rows[1]["measured"] == ""
 
 
