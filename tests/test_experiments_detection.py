@@ -193,6 +193,41 @@ def test_the_steadiest_of_several_measurements_counts(
     assert next(measured, None) is None
 
 
+def test_networks_are_measured_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, dense = Segmentation(data, batch=4), Segmentation(data, batch=4).network()
+    ms = iter([(8.0, 8.0), (8.0, 4.0), (6.0, 6.0), (6.0, 2.0)])
+
+    def paired(*_: Any, **__: Any) -> tuple[Timing, Timing]:
+        return tuple(Timing(each, 0.0, 9) for each in next(ms))  # type: ignore[return-value]
+
+    monkeypatch.setattr(comparison, "measure_paired", paired)
+    monkeypatch.setattr(
+        comparison._Run, "_pruned",
+        lambda run: halp_fx.compile(dense.eval(), 0.7, task.example(), latency="analytic"),
+    )  # fmt: skip
+
+    def compare(**options: Any) -> list[tuple[str, float]]:
+        records = comparison.compare(
+            task, dense, tmp_path, methods=["joint"], speedups=[2.0], seeds=[0],
+            settings=Settings(Recipe(0, 1e-3)), source=Source(OnnxRuntime(), None),
+            progress=lambda *_: None, **options,
+        )  # fmt: skip
+        return [(record.method, record.dense_ms / record.ms) for record in records]
+
+    assert compare() == [("dense", 1.0), ("joint", 2.0)]
+    assert compare() == [("dense", 1.0), ("joint", 2.0)]
+    assert compare(measure_again=True) == [("dense", 1.0), ("joint", 3.0)]
+    assert [round(r.dense_ms / r.ms, 3) for r in read_records(tmp_path)] == [1.0, 2.0, 1.0, 3.0]
+    assert compare() == [("dense", 1.0), ("joint", 3.0)]
+    (network,) = (tmp_path / "networks").iterdir()
+    network.unlink()
+    ms = iter([(6.0, 6.0)])
+    with pytest.raises(InputError, match="is gone: make the record again"):
+        compare(measure_again=True)
+
+
 def _network(value: float, share: float) -> nn.Module:
     network = nn.Identity()
     plan = SimpleNamespace(value=value, predicted_ms=share, dense_ms=1.0, report={})

@@ -65,6 +65,12 @@ BackendOption = Annotated[
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads of training. Default: all cores.")
 ]
+MeasureAgainOption = Annotated[
+    bool,
+    typer.Option(
+        "--measure-again", help="Measure the latencies of networks that are there already anew."
+    ),
+]
 TrainOnlyOption = Annotated[bool, typer.Option("--train-only", help="Stop after training.")]
 TrainImagesOption = Annotated[
     int | None, typer.Option("--train-images", min=2, help="Use so many, for a trial.")
@@ -125,6 +131,7 @@ def detection(
     test_images: TestImagesOption = None,
     threads: ThreadsOption = None,
     train_only: TrainOnlyOption = False,
+    measure_again: MeasureAgainOption = False,
     debug: DebugOption = False,
 ) -> None:
     """A small SSD on 31 classes: mAP dense, pruned, and pruned and fine-tuned.
@@ -147,6 +154,7 @@ def detection(
         backend,
         threads,
         train_only,
+        measure_again,
     )
 
 
@@ -169,6 +177,7 @@ def segmentation(
     test_images: TestImagesOption = None,
     threads: ThreadsOption = None,
     train_only: TrainOnlyOption = False,
+    measure_again: MeasureAgainOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Street scenes of 11 classes: mIoU dense, pruned, and pruned and fine-tuned."""
@@ -190,6 +199,7 @@ def segmentation(
         backend,
         threads,
         train_only,
+        measure_again,
     )
 
 
@@ -221,6 +231,7 @@ def _run(
     backend: str,
     threads: int | None,
     train_only: bool,
+    measure_again: bool,
 ) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; name a folder for the results")
@@ -249,6 +260,7 @@ def _run(
                 task, network, folder,
                 methods=methods, speedups=speedups, seeds=seeds,
                 settings=Settings(tuning), source=source, progress=progress,
+                measure_again=measure_again,
             )  # fmt: skip
     if train_only:
         err().print(f"wrote {escape(str(folder / 'dense.safetensors'))}")

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ def compare(
     settings: Settings,
     source: Source,
     progress: Progress,
+    measure_again: bool = False,
 ) -> list[Record]:
     """Prune `dense` by each method to each speed-up, fine-tune, and evaluate before and after.
 
@@ -118,6 +119,8 @@ def compare(
         speedups: dense latency over the latency aimed at, above 1.
         seeds: of the images that score channels and of fine-tuning.
         source: the back-end and the table for latencies.
+        measure_again: measure the networks of records that are there already anew, one after the
+            other, as on a machine that has become quiet.
 
     Returns:
         The records of these methods, speed-ups, seeds and settings.
@@ -134,9 +137,12 @@ def compare(
     for seed in seeds:
         for method, speedup in wanted:
             key = _key(method, speedup, seed, facts)
+            run = _Run(task, dense, folder, method, speedup, seed, settings, source, progress)
             if key not in done:
-                run = _Run(task, dense, folder, method, speedup, seed, settings, source, progress)
                 done[key] = run.record(facts)
+                _append(folder, done[key])
+            elif measure_again and source.backend.measured:
+                done[key] = run.again(done[key])
                 _append(folder, done[key])
             records.append(done[key])
     return records
@@ -270,13 +276,27 @@ class _Run:
             latency=self.source, progress=tell, **options,
         )  # fmt: skip
 
+    def again(self, record: Record) -> Record:
+        """The record with latencies measured anew, of the network that was saved."""
+        core, inputs = self.task.core(self.dense)
+        if self.method != _DENSE:
+            if not self._path.is_file():
+                raise InputError(f"{self._path} is gone: make the record again in another folder")
+            core = halp_fx.load(self._path).eval()
+        dense_ms, ms, spread_ms = self._timed(core, inputs)
+        return replace(record, dense_ms=dense_ms, ms=ms, spread_ms=spread_ms)
+
     def _measured(self, network: nn.Module) -> tuple[float, float, float | None]:
-        (dense, inputs), (small, _) = self.task.core(self.dense), self.task.core(network)
+        small, inputs = self.task.core(network)
         if not self.source.backend.measured:
-            dense_ms = price(groups_of(dense, inputs), self.source).dense_ms
+            dense_ms = price(groups_of(self.task.core(self.dense)[0], inputs), self.source).dense_ms
             if self.method == _DENSE:
                 return dense_ms, dense_ms, None
             return dense_ms, halp_fx.plan_of(network).predicted_ms, None
+        return self._timed(small, inputs)
+
+    def _timed(self, small: nn.Module, inputs: Any) -> tuple[float, float, float | None]:
+        dense = self.task.core(self.dense)[0]
         steadiest: tuple[float, float, float] | None = None
         least = math.inf
         for _ in range(_ATTEMPTS):
@@ -306,11 +326,15 @@ class _Run:
     def _save(self, network: nn.Module) -> None:
         if self.method == _DENSE:
             return
-        path = self.folder / "networks" / f"{self.method}_{self.speedup:g}_{self.seed}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         core = self.task.core(network)[0]
         assert isinstance(core, fx.GraphModule)
-        halp_fx.save(core, path)
+        halp_fx.save(core, self._path)
+
+    @property
+    def _path(self) -> Path:
+        name = f"{self.method}_{self.speedup:g}_{self.seed}.safetensors"
+        return self.folder / "networks" / name
 
     def _tell(self, what: str) -> Callable[[int, int], None]:
         name = f"{self.method} {self.speedup:g}x seed {self.seed}: {what}"
