@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from halp_fx.detection import detector_core, detector_parts, example_images, is_detector
+from halp_fx.detection import detector_core, example_images, has_regions, is_detector
 from halp_fx.errors import InputError
 from halp_fx.passes.trace import trace
 from halp_fx.tools.detectors import TensorPart
@@ -84,9 +84,8 @@ def load(
 
 def _tensor_part(detector: Any, images: list[torch.Tensor]) -> tuple[Any, Any]:
     core, tensors = detector_core(detector, images)
-    _, names = detector_parts(detector, images)
-    # Of one stage it says which outputs are which.
-    return (TensorPart(detector).eval() if names == ["backbone", "head"] else core), tensors
+    # Of one stage, `TensorPart` says which outputs are which.
+    return (core if has_regions(detector) else TensorPart(detector).eval()), tensors
 
 
 def _of_batch(example: tuple[Any, ...], batch: int) -> tuple[Any, ...]:

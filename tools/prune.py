@@ -14,7 +14,7 @@ from torch import nn
 
 import halp_fx
 from halp_fx.budget import Budget, parse_budget
-from halp_fx.detection import detector_parts, is_detector
+from halp_fx.detection import has_regions, is_detector
 from halp_fx.errors import BudgetError, InputError
 from halp_fx.report import render_markdown, summarize, to_json
 from halp_fx.tools.console import err, out, progress_bars
@@ -77,7 +77,7 @@ def prune(
         detector = is_detector(model)
         core = halp_fx.core_of(pruned) if detector else pruned
         halp_fx.save(core, directory / "model.safetensors")
-        in_parts = detector and detector_parts(model, example_inputs)[1] != ["backbone", "head"]
+        in_parts = detector and has_regions(model)
         if onnx and not in_parts:
             progress("export", 0, 1)
             with torch.no_grad():

@@ -30,6 +30,11 @@ def is_detector(model: Any) -> bool:
     return isinstance(model, nn.Module) and _kind(model) is not None
 
 
+def has_regions(model: nn.Module) -> bool:
+    """Whether a detector pools regions of interest between its parts, as all R-CNN do."""
+    return _kind(model) == _TWO_STAGES
+
+
 def core_names(model: nn.Module) -> list[str]:
     """The submodules of a detector that are pruned, in the order in which they run.
 

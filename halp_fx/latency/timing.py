@@ -367,8 +367,7 @@ def _quiet(rounds: _Rounds, quiet_ms: float, least: int) -> _Rounds:
 
 def _relative(blocks: Sequence[float], others: Sequence[float]) -> list[float]:
     """Ratios within each round; rounds that a clock can't resolve are left out, unless all are."""
-    ratios = [ms / other for ms, other in zip(blocks, others, strict=True) if other > 0]
-    return ratios or [1.0]
+    return [ratio for ratio, _ in _ratios(blocks, others)]
 
 
 def _uncertainty(blocks: Sequence[float]) -> float:

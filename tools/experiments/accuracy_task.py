@@ -28,7 +28,7 @@ _OVER = 0.02  # by how much a measured latency may pass the budget: repeatabilit
 _UNDER = 0.02  # a network so little below the budget is near enough
 _NEAR = 0.15  # a latency so near to the budget is worth more measuring
 _ROUNDS = 15  # samples of each network in a bout
-_BOUTS = 3  # of measuring what may be the result
+_BOUTS = 4  # of measuring what may be the result
 
 
 @dataclass(frozen=True)

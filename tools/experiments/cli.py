@@ -50,7 +50,9 @@ TuneRateOption = Annotated[
 MethodsOption = Annotated[
     str,
     typer.Option(
-        "--methods", help="Comma-separated: joint, uniform, uniform-l1 (by weights), halp."
+        "--methods",
+        help="Comma-separated: joint, uniform, uniform-l1 (by weights), halp, joint-1.5 (scores "
+        "between HALP's and ours).",
     ),
 ]
 SpeedupsOption = Annotated[

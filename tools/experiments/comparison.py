@@ -35,6 +35,7 @@ METHODS: dict[str, Mapping[str, Any]] = {
     "uniform": {"solver": "uniform"},  # the same scores, but the same share of each group stays
     "uniform-l1": {"solver": "uniform", "saliency": "magnitude"},
     "halp": {"solver": "halp", "saliency": "taylor"},
+    "joint-1.5": {"solver": "joint", "saliency": "taylor1.5"},
 }
 # A uniform share of wide steps may end far below the budget, one of narrow steps has widths that
 # run slowly: the best of these is taken, so that it is not held to be worse than it is.
