@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import halp_fx
 from halp_fx.calibrate import random_plan
-from halp_fx.errors import InputError
-from halp_fx.latency import LatencyTable, Source, Stored, Torch
+from halp_fx.errors import DeviceMismatchError, InputError
+from halp_fx.latency import LatencyTable, Source, Stored, Torch, resolve_backend
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import price, refine
 from halp_fx.passes.rewrite import rewrite
@@ -130,8 +130,11 @@ def test_a_foreign_table_of_a_back_end_that_measures_few_widths() -> None:
     model = Plain().eval()
     source = source_of(Dear(fuses=True))
     own = price(groups_of(model), source)
+    with pytest.raises(DeviceMismatchError, match=r"made on another device.*device is 'board'"):
+        halp_fx.compile(model, 0.6, X, latency=source.table)
+    foreign = resolve_backend(source.table, allow_foreign=True)
     with pytest.warns(UserWarning, match=r"made on another device.*device is 'board'"):
-        pruned = halp_fx.compile(model, 0.6, X, latency=source.table)
+        pruned = halp_fx.compile(model, 0.6, X, latency=foreign)
     assert halp_fx.plan_of(pruned).dense_ms == pytest.approx(own.dense_ms)
 
 

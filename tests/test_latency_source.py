@@ -135,7 +135,12 @@ def test_the_table_of_another_device_is_for_look_up_only(
     tmp_path: Path, backend: Any, changes: dict[str, Any], fuses: bool, difference: str
 ) -> None:
     text = _foreign(backend, **changes)
-    source = resolve_backend(_table(tmp_path / "t.sqlite", text))
+    path = _table(tmp_path / "t.sqlite", text)
+    with pytest.raises(DeviceMismatchError, match="on another device or with other settings") as e:
+        resolve_backend(path)
+    assert difference in str(e.value)
+    assert "resolve_backend(table, allow_foreign=True)" in str(e.value)
+    source = resolve_backend(path, allow_foreign=True)
     assert isinstance(source.backend, Stored)
     assert source.backend.fingerprint() == text
     assert source.backend.name == changes.get("backend", backend.name)
@@ -149,7 +154,10 @@ def test_the_table_of_another_device_is_for_look_up_only(
 
 
 def test_a_fingerprint_that_is_no_json_is_for_look_up_only(tmp_path: Path) -> None:
-    source = resolve_backend(_table(tmp_path / "t.sqlite", "my board"))
+    path = _table(tmp_path / "t.sqlite", "my board")
+    with pytest.raises(DeviceMismatchError, match="on another device"):
+        resolve_backend(path)
+    source = resolve_backend(path, allow_foreign=True)
     assert isinstance(source.backend, Stored)
     assert (source.backend.name, source.backend.fuses) == ("unknown", False)
 

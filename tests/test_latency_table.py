@@ -249,30 +249,17 @@ def test_a_closed_table_says_so(path: Path) -> None:
         table.put("conv", HERE, _timing(1.0))
 
 
-def test_check_accepts_an_empty_table_and_its_own_device() -> None:
-    with LatencyTable.open(":memory:") as table:
-        assert table.check(HERE) == HERE
+def test_what_was_imported_is_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "t.sqlite"
+    with LatencyTable.open(path) as table:
         table.put("conv", THERE, _timing(1.0))
-        table.put("conv", HERE, _timing(1.0))
-        assert table.check(HERE) == HERE
-
-
-def test_check_refuses_another_device_and_lists_what_differs() -> None:
-    with LatencyTable.open(":memory:") as table:
-        table.put("conv", THERE, _timing(1.0))
-        with pytest.raises(DeviceMismatchError) as e:
-            table.check(HERE)
-        assert "cores: 8, here 2; threads: 4, here 1" in str(e.value)
-        assert "backend" not in str(e.value)
-        assert table.check(HERE, allow_foreign=True) == THERE
-
-
-def test_check_does_not_choose_between_foreign_devices() -> None:
-    with LatencyTable.open(":memory:") as table:
-        table.put("conv", THERE, _timing(1.0))
-        table.put("conv", "{}", _timing(1.0))
-        with pytest.raises(LatencyError, match="several devices and none is this one"):
-            table.check(HERE, allow_foreign=True)
+        assert not table.is_imported(THERE)
+        table.mark_imported(THERE)
+        table.mark_imported(THERE)
+    with LatencyTable.open(path) as table:
+        assert table.is_imported(THERE)
+        assert not table.is_imported(HERE)
+        assert table.fingerprints() == (THERE,)
 
 
 @pytest.mark.parametrize("figures", [(float("nan"), 0.0, 1), (-1.0, 0.0, 1), (1.0, 0.0, 0)])

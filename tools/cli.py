@@ -24,7 +24,9 @@ from halp_fx.tools.experiments import cli as experiments_cli
 from halp_fx.tools.models import parse_input
 from halp_fx.tools.options import (
     BatchOption,
+    ForeignOption,
     InputOption,
+    LatencyOption,
     ModelArgument,
     PretrainedOption,
     WeightsOption,
@@ -224,14 +226,8 @@ def prune(
         Path,
         typer.Option("--output", "-o", metavar="DIR", help="Folder for what is written."),
     ] = Path("out"),
-    latency: Annotated[
-        str | None,
-        typer.Option(
-            "--latency",
-            help="analytic, torch, onnxruntime, or a table of halp-fx profile. "
-            "Default: measure this device.",
-        ),
-    ] = None,
+    latency: LatencyOption = None,
+    foreign: ForeignOption = False,
     onnx: Annotated[bool, typer.Option(help="Export and check an ONNX file.")] = True,
     pretrained: PretrainedOption = False,
     weights: WeightsOption = None,
@@ -245,6 +241,7 @@ def prune(
     """
     del debug
     limit = pruner.budget_of(budget, params=params, macs=macs, memory=memory)
+    source = pruner.latency_of(latency, foreign)
     network, example = load(
         model, shapes, batch=batch, pretrained=pretrained, weights=weights, whole=True
     )
@@ -258,7 +255,7 @@ def prune(
         "round_to": round_to,
         "solver": solver,
     }
-    pruner.prune(network, limit, example, output, latency=latency, onnx=onnx, options=options)
+    pruner.prune(network, limit, example, output, latency=source, onnx=onnx, options=options)
 
 
 @bench_app.command(

@@ -17,7 +17,9 @@ from halp_fx.tools import sweep as sweeper
 from halp_fx.tools.console import DebugOption, err, out, progress_bars
 from halp_fx.tools.options import (
     BatchOption,
+    ForeignOption,
     InputOption,
+    LatencyOption,
     ModelArgument,
     PretrainedOption,
     WeightsOption,
@@ -193,14 +195,8 @@ def sweep(
     budgets: Annotated[
         str, typer.Option("--budgets", help="Comma-separated: shares (0.5) or times (4ms).")
     ] = "0.9,0.7,0.5,0.3",
-    latency: Annotated[
-        str | None,
-        typer.Option(
-            "--latency",
-            help="analytic, torch, onnxruntime, or a table of halp-fx profile. "
-            "Default: measure this device.",
-        ),
-    ] = None,
+    latency: LatencyOption = None,
+    foreign: ForeignOption = False,
     solver: Annotated[
         str, typer.Option("--solver", help="joint, or to compare with: halp, greedy, uniform.")
     ] = "joint",
@@ -217,7 +213,7 @@ def sweep(
     """Prunes a network to several budgets; leaves a table and a chart."""
     del debug
     asked = sweeper.parse_budgets(budgets)
-    source = latency_of(latency)
+    source = latency_of(latency, foreign)
     network, example = load(model, shapes, batch=batch, pretrained=pretrained, weights=weights)
     with progress_bars() as progress:
         points = sweeper.sweep(

@@ -16,7 +16,9 @@ from halp_fx.tools.models import load_model, parse_input
 
 __all__ = [
     "BatchOption",
+    "ForeignOption",
     "InputOption",
+    "LatencyOption",
     "ModelArgument",
     "PretrainedOption",
     "WeightsOption",
@@ -43,6 +45,20 @@ InputOption = Annotated[
 BatchOption = Annotated[
     int | None,
     typer.Option("--batch", min=1, help="Batch size that the latency is meant for."),
+]
+LatencyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--latency",
+        help="analytic, torch, onnxruntime, or a table of halp-fx profile. "
+        "Default: measure this device.",
+    ),
+]
+ForeignOption = Annotated[
+    bool,
+    typer.Option(
+        "--foreign", help="The table was made on another device, which is the one to prune for."
+    ),
 ]
 PretrainedOption = Annotated[
     bool, typer.Option("--pretrained", help="Load trained weights (torchvision, timm).")

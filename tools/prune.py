@@ -16,6 +16,7 @@ import halp_fx
 from halp_fx.budget import Budget, parse_budget
 from halp_fx.detection import has_regions, is_detector
 from halp_fx.errors import BudgetError, InputError
+from halp_fx.latency import Source, resolve_backend
 from halp_fx.report import render_markdown, summarize, to_json
 from halp_fx.tools.console import err, out, progress_bars
 from halp_fx.types import Plan
@@ -48,7 +49,7 @@ def prune(
     example_inputs: Any,
     directory: Path,
     *,
-    latency: str | None = None,
+    latency: str | Path | Source | None = None,
     onnx: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -59,6 +60,7 @@ def prune(
     regions are pooled between the parts, there is no ONNX file of it.
 
     Args:
+        latency: as `halp_fx.compile` takes it; see `latency_of`.
         options: further arguments of `halp_fx.compile`.
 
     Raises:
@@ -66,10 +68,9 @@ def prune(
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; name a folder for the results")
-    source = latency_of(latency)
     with progress_bars() as progress:
         pruned = halp_fx.compile(
-            model, budget, example_inputs, latency=source, progress=progress, **(options or {})
+            model, budget, example_inputs, latency=latency, progress=progress, **(options or {})
         )
         plan = halp_fx.plan_of(pruned)
         directory.mkdir(parents=True, exist_ok=True)
@@ -95,17 +96,24 @@ def prune(
     return plan
 
 
-def latency_of(text: str | None) -> str | Path | None:
+def latency_of(text: str | None, foreign: bool = False) -> str | Path | Source | None:
     """What `--latency` names: a back-end, or the file of a table.
 
+    Args:
+        text: as given.
+        foreign: accept a table of another device (`--foreign`).
+
     Raises:
-        InputError: it looks like a file, and there is none.
+        InputError: it looks like a file, and there is none; or `foreign` has no meaning.
     """
-    if text is None or not ("/" in text or text.endswith(".sqlite")):
+    is_file = text is not None and ("/" in text or text.endswith(".sqlite"))
+    if foreign and (text is None or not (is_file or Path(text).is_file())):
+        raise InputError("--foreign is for --latency with the file of a table")
+    if text is None or not (is_file or foreign):
         return text
     if not Path(text).is_file():
         raise InputError(f"there is no latency table {text}; make one with halp-fx profile")
-    return Path(text)
+    return resolve_backend(Path(text), allow_foreign=True) if foreign else Path(text)
 
 
 def write_report(plan: Plan, directory: Path) -> None:

@@ -75,6 +75,7 @@ def import_results(
         )
     fingerprint = fingerprint_text(header["fingerprint"])
     table.put_all(timings, fingerprint)
+    table.mark_imported(fingerprint)
     return fingerprint
 
 

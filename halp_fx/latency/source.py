@@ -87,7 +87,9 @@ class Stored:
         )
 
 
-def resolve_backend(latency: Any = None, *, device: str | torch.device = "cpu") -> Source:
+def resolve_backend(
+    latency: Any = None, *, device: str | torch.device = "cpu", allow_foreign: bool = False
+) -> Source:
     """The back-end and the table that `latency` stands for.
 
     Args:
@@ -95,14 +97,18 @@ def resolve_backend(latency: Any = None, *, device: str | torch.device = "cpu") 
             there. "onnxruntime", "analytic": those with their defaults. A back-end: itself. All
             that measure keep their timings in the table at `default_table_path()`. A path to a
             table, or a `LatencyTable`: the back-end is rebuilt from the fingerprint stored in it.
-            Where that is another device or another setting than can be had here, the table is
-            used for look-up only, which is meant for tables carried over from the device that is
-            aimed at: what it lacks can't be measured and raises `DeviceMismatchError`. An empty
-            table is filled by PyTorch on `device`. A `Source`: itself.
+            An empty table is filled by PyTorch on `device`. A `Source`: itself.
         device: the torch device to measure where `latency` names none.
+        allow_foreign: accept a table of another device, or of settings or versions that can't be
+            had here, as it comes when a table is carried over from the device that is aimed at. It
+            is for look-up only: what it lacks can't be measured and raises
+            `DeviceMismatchError`. What `halp-fx profile --import` and `import_results` read is
+            accepted in any case.
 
     Raises:
         InputError: `latency` is none of these; the message lists what is accepted.
+        DeviceMismatchError: the table is of another device and `allow_foreign` is False; the
+            message lists what differs.
         DependencyError: "onnxruntime" is asked for and not installed.
         LatencyError: the table can't be used, or it holds several fingerprints and not exactly
             one of them is this device.
@@ -112,15 +118,17 @@ def resolve_backend(latency: Any = None, *, device: str | torch.device = "cpu") 
     if isinstance(latency, Source):
         return latency
     if isinstance(latency, LatencyTable):
-        return _from_table(latency, device)
+        return _from_table(latency, device, allow_foreign)
     if isinstance(latency, (str, os.PathLike)):
-        return _from_text(os.fspath(latency), device, isinstance(latency, str))
+        return _from_text(os.fspath(latency), device, isinstance(latency, str), allow_foreign)
     if isinstance(latency, Backend) and not isinstance(latency, type):
         return _with_default_table(latency)
     raise InputError(f"latency is {latency!r}. {_ACCEPTED}")
 
 
-def _from_text(text: Any, device: str | torch.device, may_be_name: bool) -> Source:
+def _from_text(
+    text: Any, device: str | torch.device, may_be_name: bool, allow_foreign: bool
+) -> Source:
     if may_be_name and text == "torch":
         return _with_default_table(Torch(str(device)))
     if may_be_name and text == "torch.compile":
@@ -131,7 +139,7 @@ def _from_text(text: Any, device: str | torch.device, may_be_name: bool) -> Sour
         return Source(Analytic(), None)
     if not isinstance(text, str) or not Path(text).is_file():
         raise InputError(f"latency is {text!r}: no back-end and no existing file. {_ACCEPTED}")
-    return _from_table(LatencyTable.open(text), device)
+    return _from_table(LatencyTable.open(text), device, allow_foreign)
 
 
 def _with_default_table(backend: Backend) -> Source:
@@ -141,14 +149,22 @@ def _with_default_table(backend: Backend) -> Source:
     return Source(backend, LatencyTable.open(default_table_path()))
 
 
-def _from_table(table: LatencyTable, device: str | torch.device) -> Source:
+def _from_table(table: LatencyTable, device: str | torch.device, allow_foreign: bool) -> Source:
     stored = table.fingerprints()
     if not stored:
         return Source(Torch(str(device)), table)
     rebuilt = [_rebuild(text) for text in stored]
     live = [backend for backend in rebuilt if not isinstance(backend, Stored)]
     if len(stored) == 1:
-        return Source(rebuilt[0], table)
+        only = rebuilt[0]
+        if isinstance(only, Stored) and not (allow_foreign or table.is_imported(only.text)):
+            raise DeviceMismatchError(
+                f"the latency table {table.path} was made on another device or with other settings "
+                f"({only.differs}). Measure this device into a new table (halp-fx profile -o "
+                "FILE), or, to prune for the device that it was made on, say so: --foreign, or "
+                "latency=halp_fx.latency.resolve_backend(table, allow_foreign=True)"
+            )
+        return Source(only, table)
     if len(live) == 1:
         return Source(live[0], table)
     count = "none of them is" if not live else f"{len(live)} of them are"

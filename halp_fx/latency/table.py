@@ -16,16 +16,16 @@ from typing import Any
 
 import platformdirs
 
-from ..errors import DeviceMismatchError, LatencyError
+from ..errors import LatencyError
 from .backend import Timing
 from .calibration import Calibration
-from .device import differences, summary
 
 __all__ = ["SCHEMA_VERSION", "Entry", "LatencyTable", "default_table_path"]
 
 SCHEMA_VERSION = 2
 _FORMAT = "halp_fx latency table"
 _BUSY_TIMEOUT_S = 30.0
+_IMPORTED = "imported: "  # and the fingerprint: a name in the table of facts
 
 _CALIBRATIONS = """CREATE TABLE calibrations (
         fingerprint INTEGER NOT NULL REFERENCES fingerprints (id),
@@ -247,39 +247,24 @@ class LatencyTable:
         )
         return tuple(Entry(key, text, Timing(*figures)) for key, text, *figures in rows)
 
-    def check(self, fingerprint: str, allow_foreign: bool = False) -> str:
-        """Whether the table may be used for a device.
-
-        Args:
-            fingerprint: the device and settings the costs are wanted for.
-            allow_foreign: accept the timings of another device.
-
-        Returns:
-            The fingerprint to look timings up with: the one given, where the table has it or is
-            empty; else, with `allow_foreign`, the only one in the table.
+    def mark_imported(self, fingerprint: str) -> None:
+        """Note that the timings of a device were brought here on purpose, to be looked up.
 
         Raises:
-            DeviceMismatchError: the table holds only other devices or settings; the message lists
-                what differs.
-            LatencyError: `allow_foreign`, and the table holds several to choose from.
+            LatencyError: the file is damaged, locked or read-only.
         """
-        stored = self.fingerprints()
-        if not stored or fingerprint in stored:
-            return fingerprint
-        if not allow_foreign:
-            listed = "\n".join(f"  - {'; '.join(differences(one, fingerprint))}" for one in stored)
-            raise DeviceMismatchError(
-                f"the latency table {self._path} was made on another device or with other "
-                f"settings:\n{listed}\nMeasure on this device into a new table, or allow a "
-                "foreign table to be used for its device."
+        with self._lock, _explained(self._path), _transaction(self._connection) as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO meta VALUES (?, ?)", (_IMPORTED + fingerprint, "1")
             )
-        if len(stored) > 1:
-            listed = "\n".join(f"  - {summary(one)}" for one in stored)
-            raise LatencyError(
-                f"the latency table {self._path} holds several devices and none is this one, so "
-                f"it's not clear which to use:\n{listed}"
-            )
-        return stored[0]
+
+    def is_imported(self, fingerprint: str) -> bool:
+        """Whether the timings of a device were brought here on purpose; see `mark_imported`.
+
+        Raises:
+            LatencyError: the file is damaged or locked.
+        """
+        return bool(self._rows("SELECT 1 FROM meta WHERE name = ?", (_IMPORTED + fingerprint,)))
 
     def close(self) -> None:
         """Close the file; nothing is lost by not calling it."""
