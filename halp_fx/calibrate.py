@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -10,8 +11,10 @@ import numpy as np
 from halp_fx.errors import InputError, LatencyError
 from halp_fx.latency import (
     Calibration,
+    LatencyTable,
     Source,
     Stored,
+    Timing,
     fit_calibration,
     measure_paired,
 )
@@ -69,7 +72,6 @@ def calibrate(
             "check the fit on"
         )
     costs = price(groups, source, calibrated=False)
-    dense, inputs = groups.traced.module, groups.traced.example_inputs
     total = networks + held_out
     generator = np.random.default_rng(seed)
     plans = [random_plan(groups, costs, generator) for _ in range(total)]
@@ -83,25 +85,45 @@ def calibrate(
             progress(done, kernels + total)
 
     measure_widths(groups, source, costs, choices, progress=tell)
-    weights = parameter_counts(groups)
-    sums, sizes = [costs.dense_ms], [_megabytes(weights, groups.dense_units)]
-    shares, dense_ms = [1.0], []
-    for done, (plan, kept) in enumerate(zip(plans, choices, strict=True), start=1):
-        pruned = rewrite(plan).eval()
-        before, after = measure_paired(
-            dense, pruned, backend, inputs, inputs, rounds=_ROUNDS, bouts=_BOUTS
-        )
-        sums.append(refine(groups, source, costs, kept).total_ms(kept))
-        sizes.append(_megabytes(weights, kept))
-        shares.append(after.median_ms / before.median_ms)
-        dense_ms.append(before.median_ms)
+    key = network_key(groups, backend.fuses)
+    pairs: dict[int, tuple[Timing, Timing]] = {}
+    # In random order: what the machine does meanwhile is no matter of those held out.
+    for done, i in enumerate(generator.permutation(total).tolist(), start=1):
+        pairs[i] = _whole(source, table, key, plans[i])
         if progress is not None:
             progress(kernels + done, kernels + total)
-    usual_ms = statistics.median(dense_ms)
-    times = [share * usual_ms for share in shares]
+    usual_ms = statistics.median(before.median_ms for before, _ in pairs.values())
+    weights = parameter_counts(groups)
+    sums, times = [costs.dense_ms], [usual_ms]
+    sizes = [_megabytes(weights, groups.dense_units)]
+    for i, kept in enumerate(choices):
+        before, after = pairs[i]
+        sums.append(refine(groups, source, costs, kept).total_ms(kept))
+        times.append(after.median_ms / before.median_ms * usual_ms)
+        sizes.append(_megabytes(weights, kept))
     found = fit_calibration(sums, times, sizes, held_out=held_out)
-    table.put_calibration(network_key(groups, backend.fuses), backend.fingerprint(), found)
+    table.put_calibration(key, backend.fingerprint(), found)
     return found
+
+
+def _whole(source: Source, table: LatencyTable, network: str, plan: Plan) -> tuple[Timing, Timing]:
+    """What the dense network and a pruned one take: from the table, or measured in turn.
+
+    Kept as soon as it is known, so that a run that is killed loses one network at most.
+    """
+    backend, traced = source.backend, plan.groups.traced
+    kept = ",".join(str(len(units)) for units in plan.units)
+    widths_digest = hashlib.sha256(kept.encode()).hexdigest()[:16]
+    keys = [f"whole network {network[:16]} at {widths_digest}: {of}" for of in ("dense", "pruned")]
+    known = [table.get(key, backend.fingerprint()) for key in keys]
+    if known[0] is not None and known[1] is not None:
+        return known[0], known[1]
+    pair = measure_paired(
+        traced.module, rewrite(plan).eval(), backend, traced.example_inputs, traced.example_inputs,
+        rounds=_ROUNDS, bouts=_BOUTS,
+    )  # fmt: skip
+    table.put_all(dict(zip(keys, pair, strict=True)), backend.fingerprint())
+    return pair
 
 
 def _megabytes(weights: list[Count], kept: Sequence[int]) -> float:

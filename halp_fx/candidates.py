@@ -32,41 +32,42 @@ def best_of(
     data: Iterable[Any],
     loss: Callable[[Any, Any], torch.Tensor],
     progress: Callable[[int, int], None] | None = None,
-) -> Plan:
+) -> tuple[Plan, Saliency]:
     """The plan with the least loss on data among `count`, after batch norm recalibration.
 
-    The first is `plan`; the others weigh the groups' saliencies a little differently against each
-    other, since that is what a sum of saliencies knows least about. Values, and the certified
-    gap, are by the saliency as it was given.
+    How much a group counts against another is what a sum of saliencies knows least about. The
+    first is `plan`; the next are by the other powers of the first-order change, where scores are
+    by data; the rest weigh the groups' saliencies a little differently against each other.
+
+    Returns:
+        The plan, and the saliency that it was chosen by, which its value and gap are of.
     """
     batches = list(itertools.islice(data, _BATCHES))
     if not batches:
         raise InputError("data has no batches left to try candidates on: pass a list or a loader")
-    bound = plan.value / max(1.0 - plan.gap, 1e-12)
     generator = np.random.default_rng(0)
-    plans = [plan]
-    for _ in range(count - 1):
+    varied = [
+        replace(scores, scores=other, method=method) for method, other in scores.others.items()
+    ]
+    while len(varied) < count - 1:
         factors = np.exp(generator.normal(0.0, _SPREAD, len(scores.scores)))
-        scaled = replace(
-            scores, scores=tuple(s * f for s, f in zip(scores.scores, factors, strict=True))
-        )
+        scaled = tuple(s * f for s, f in zip(scores.scores, factors, strict=True))
+        varied.append(replace(scores, scores=scaled))
+    tried = [(plan, scores)]
+    for variant in varied[: count - 1]:
         try:
-            other = choose(plan.groups, scaled, costs, plan.budget_ms)
+            tried.append((choose(plan.groups, variant, costs, plan.budget_ms), variant))
         except HalpError:
             continue
-        value = sum(
-            float(s[kept].sum()) for s, kept in zip(scores.scores, other.units, strict=True)
-        )
-        gap = max(0.0, (bound - value) / max(bound, 1e-300))
-        plans.append(replace(other, value=value, dense_value=plan.dense_value, gap=gap))
     losses = []
-    for tried, candidate in enumerate(plans, start=1):
+    for done, (candidate, _) in enumerate(tried, start=1):
         losses.append(_loss_of(candidate, batches, loss))
         if progress is not None:
-            progress(tried, len(plans))
+            progress(done, len(tried))
     best = int(np.nanargmin(losses)) if np.isfinite(losses).any() else 0
     facts = {"candidate": best, "candidate_losses": [float(x) for x in losses]}
-    return replace(plans[best], report={**plans[best].report, **facts})
+    chosen, by = tried[best]
+    return replace(chosen, report={**chosen.report, **facts}), by
 
 
 def _loss_of(plan: Plan, batches: list[Any], loss: Callable[[Any, Any], torch.Tensor]) -> float:

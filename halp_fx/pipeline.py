@@ -95,7 +95,7 @@ class Prepared:
                 costs, plan = _refined(plan, scores, costs, source, self.tell, choose)
             if self.candidates > 1 and self.data is not None and self.loss is not None:
                 stage("candidates")
-                plan = best_of(
+                plan, scores = best_of(
                     self.candidates, plan, scores, costs, choose, self.data, self.loss,
                     partial(self.tell, "candidates"),
                 )  # fmt: skip

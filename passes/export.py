@@ -29,6 +29,9 @@ DEFAULT_OPSET = 18
 _ONE_FILE_BYTES = 1_500_000_000
 _SEED = 0
 
+# Known by name: nothing else here needs torchvision.
+_DETECTORS = ("GeneralizedRCNN", "SSD", "RetinaNet", "FCOS")
+
 _RTOL = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _DEFAULT_RTOL = 1e-3
 _DEFAULT_ATOL = 1e-5
@@ -169,6 +172,15 @@ def _constants_to_cpu(module: fx.GraphModule) -> None:
 
 
 def _example(model: nn.Module, example: Any) -> tuple[Any, ...]:
+    if any(
+        kind.__module__.startswith("torchvision.models.detection.") and kind.__name__ in _DETECTORS
+        for kind in type(model).__mro__
+    ):
+        raise InputError(
+            f"{type(model).__name__} takes and gives lists of any length, which is not exported: "
+            "pass its tensor part, export_onnx(halp_fx.core_of(detector), path, "
+            "torch.zeros(1, 3, 300, 300)), or, of two stages, its backbone and its box head"
+        )
     if example is None:
         recorded = getattr(model, "meta", {}).get("halp_fx_example")
         if recorded is None:

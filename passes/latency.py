@@ -31,6 +31,7 @@ def price(
     source: Source,
     *,
     calibrated: bool = True,
+    coarse: bool | None = None,
     progress: Progress | None = None,
 ) -> LatencyModel:
     """Price every kernel of the network at every width.
@@ -43,6 +44,7 @@ def price(
 
     Args:
         calibrated: where the table has a calibration of this network, scale the kernels by it.
+        coarse: measure at few widths and look for no steps; None: as the back-end has it.
         progress: called with how many measurements are done and how many there are.
 
     Raises:
@@ -55,7 +57,7 @@ def price(
         priced = [_analytic(part, backend) for part in parts]
         rests = {k: _analytic(rest, backend) for k, rest in _remainders(groups, parts).items()}
     else:
-        priced, rests = _measured(groups, source, progress)
+        priced, rests = _measured(groups, source, coarse, progress)
     kernels = [_droppable(kernel, groups, rests.get(k)) for k, kernel in enumerate(priced)]
     found = None
     if calibrated and source.table is not None and not isinstance(backend, Analytic):
@@ -312,7 +314,7 @@ class _Scaled:
 
 
 def _measured(
-    groups: ChannelGroups, source: Source, progress: Progress | None
+    groups: ChannelGroups, source: Source, coarse: bool | None, progress: Progress | None
 ) -> tuple[list[Kernel], dict[int, Kernel]]:
     """The kernels, and what is left of some of them when a branch is dropped."""
     table, backend = source.table, source.backend
@@ -321,7 +323,8 @@ def _measured(
             f"the back-end {backend.name!r} measures, and there is no table to keep that in: pass "
             "Source(backend, halp_fx.LatencyTable.open(path))"
         )
-    coarse = bool(getattr(backend, "coarse", False))
+    if coarse is None:
+        coarse = bool(getattr(backend, "coarse", False))
     parts = kernel_parts(groups, backend.fuses, split=False)
     grids = [Grid(groups, part, coarse=coarse) for part in parts]
     rests = {k: Grid(groups, rest, coarse=coarse) for k, rest in _remainders(groups, parts).items()}

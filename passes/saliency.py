@@ -89,8 +89,9 @@ def score(
     assert loss is not None
     module = _private_copy(groups.traced.module)
     sources = [_scored_members(groups, g, module) for g in groups.groups]
-    found = _by_gradients(groups, module, sources, data, loss, method or DEFAULT, progress)
-    return _checked(groups, found, method or DEFAULT, False)
+    found = _by_gradients(groups, module, sources, data, loss, progress)
+    chosen = _checked(groups, found.pop(method or DEFAULT), method or DEFAULT, False)
+    return replace(chosen, others={name: tuple(scores) for name, scores in found.items()})
 
 
 def score_survivors(
@@ -127,14 +128,20 @@ def score_survivors(
             place = own if survivors is None else np.searchsorted(survivors.numpy(), own)
             members.append((name, dim, place))
         sources.append(members)
-    found = _by_gradients(groups, module, sources, data, loss, method or DEFAULT, None,
-                          [len(units) for units in plan.units])  # fmt: skip
-    scores = tuple(np.zeros(n) for n in groups.dense_units)
-    for full, units, own in zip(scores, plan.units, found, strict=True):
-        full[units] = own
+    counts = [len(units) for units in plan.units]
+    found = _by_gradients(groups, module, sources, data, loss, None, counts)
+
+    def of_all(scores: Sequence[FloatArray]) -> tuple[FloatArray, ...]:
+        whole = tuple(np.zeros(n) for n in groups.dense_units)
+        for full, units, own in zip(whole, plan.units, scores, strict=True):
+            full[units] = own
+        return whole
+
+    scores = of_all(found.pop(method or DEFAULT))
     if not any(full.any() for full in scores):
         raise SaliencyError("the saliency of the pruned network is zero for every unit")
-    return Saliency(scores, method or DEFAULT, False)
+    others = {name: of_all(other) for name, other in found.items()}
+    return Saliency(scores, method or DEFAULT, False, others)
 
 
 def _by_gradients(
@@ -143,19 +150,18 @@ def _by_gradients(
     sources: Sequence[_Sources],
     data: Iterable[Any],
     loss: Loss,
-    method: str,
     progress: Progress | None,
     units: Sequence[int] | None = None,
-) -> list[FloatArray]:
-    """Means over minibatches, one array (units,) a group; see `score`."""
+) -> dict[str, list[FloatArray]]:
+    """Method -> means over minibatches, one array (units,) a group; see `score`."""
     tensors = dict(named_tensors(module))
     units = groups.dense_units if units is None else units
     # By identity: a tensor may go by several names.
     wanted = {id(tensors[name]) for members in sources for name, *_ in members}
     for tensor in tensors.values():
         tensor.requires_grad_(id(tensor) in wanted and tensor.is_floating_point())
-    totals = [np.zeros(n) for n in units]
-    used = [0] * len(totals)
+    totals = {method: [np.zeros(n) for n in units] for method in BY_GRADIENTS}
+    used = [0] * len(sources)
     batches = 0
     total = len(data) if hasattr(data, "__len__") else 0  # type: ignore[arg-type]
     if not isinstance(data, Iterable):
@@ -164,12 +170,13 @@ def _by_gradients(
         _backward(module, batch, loss)
         batches += 1
         for i, members in enumerate(sources):
-            batch_score = np.zeros(units[i])
+            change = np.zeros(units[i])
             for name, dim, index in members:
-                batch_score += _sum_of_products(tensors[name], dim, index)
-            batch_score = np.abs(batch_score) ** BY_GRADIENTS[method]
-            if np.isfinite(batch_score).all():
-                totals[i] += batch_score
+                change += _sum_of_products(tensors[name], dim, index)
+            change = np.abs(change)
+            if np.isfinite(change**2).all():
+                for method, power in BY_GRADIENTS.items():
+                    totals[method][i] += change**power
                 used[i] += 1
         for tensor in tensors.values():
             tensor.grad = None
@@ -183,7 +190,9 @@ def _by_gradients(
                 f"the saliency of group {group.name!r} is not finite in any of {batches} "
                 "batches: check the data and the loss for NaN or infinity"
             )
-    return [t / n for t, n in zip(totals, used, strict=True)]
+    return {
+        method: [t / n for t, n in zip(sums, used, strict=True)] for method, sums in totals.items()
+    }
 
 
 def _private_copy(module: fx.GraphModule) -> fx.GraphModule:

@@ -6,15 +6,22 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import halp_fx
+from halp_fx.candidates import best_of
 from halp_fx.errors import InputError
+from halp_fx.latency import Analytic, Source
 from halp_fx.passes.groups import find_groups
+from halp_fx.passes.latency import price
+from halp_fx.passes.saliency import score
+from halp_fx.passes.select import select
 from halp_fx.passes.trace import trace
+from halp_fx.types import Plan, Saliency
 from tests import oracle
 
 
@@ -142,8 +149,41 @@ def test_candidates_keep_the_least_loss() -> None:
     assert plan.predicted_ms <= plan.budget_ms
     assert 0 <= plan.gap < 1
     oracle.assert_exact(model, pruned, (x,))
+    # The first three are by mean squares, by the power of 1.5 and by mean absolute values.
+    assert (
+        plan.report["saliency"]
+        == ("fisher", "taylor1.5", "taylor", "fisher")[plan.report["candidate"]]
+    )
     single = halp_fx.plan_of(halp_fx.compile(model, 0.5, x, **options))
-    assert single.value >= plan.value - 1e-9
+    assert single.report["saliency"] == "fisher"
+
+
+def test_candidates_are_by_other_powers_first() -> None:
+    model, x = network()
+    groups = find_groups(trace(model, x))
+    data = batches()
+    scores = score(groups, data, F.cross_entropy)
+    costs = price(groups, Source(Analytic(), None))
+    asked: list[Saliency] = []
+
+    def choose(groups: Any, scores: Saliency, costs: Any, budget_ms: float) -> Plan:
+        asked.append(scores)
+        return select(groups, scores, costs, budget_ms)
+
+    plan = choose(groups, scores, costs, 0.5 * costs.dense_ms)
+    chosen, by = best_of(5, plan, scores, costs, choose, data, F.cross_entropy)
+    assert [s.method for s in asked] == ["fisher", "taylor1.5", "taylor", "fisher", "fisher"]
+    for given in asked[1:3]:
+        alone = score(groups, data, F.cross_entropy, given.method).scores
+        for one, other in zip(given.scores, alone, strict=True):
+            np.testing.assert_allclose(one, other)
+    # Perturbed: the same order within each group, other weights between groups.
+    ratios = [float(b.sum() / a.sum()) for a, b in zip(scores.scores, asked[3].scores, strict=True)]
+    assert len({round(r, 6) for r in ratios}) == len(ratios)
+    assert any(by is given for given in asked)
+    assert chosen.value == pytest.approx(
+        sum(float(s[kept].sum()) for s, kept in zip(by.scores, chosen.units, strict=True))
+    )
 
 
 @pytest.mark.parametrize("candidates", [0, -1, 2.5, 3])

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 import halp_fx
 from halp_fx.calibrate import calibrate, random_plan
 from halp_fx.errors import InputError, LatencyError
-from halp_fx.latency import Analytic, Calibration, LatencyTable, Source, fit_calibration
+from halp_fx.latency import (
+    Analytic,
+    Calibration,
+    LatencyTable,
+    Source,
+    fit_calibration,
+    measure_paired,
+)
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import network_key, price, refine
 from halp_fx.passes.trace import trace
@@ -176,6 +183,37 @@ def test_networks_of_random_widths_are_measured_whole() -> None:
     refined = refine(groups, source, costs, kept)
     assert refined.total_ms(groups.dense_units) == pytest.approx(costs.dense_ms)
     assert price(groups, source, calibrated=False).dense_ms == bare.dense_ms
+
+
+def test_a_calibration_that_was_stopped_goes_on_where_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    groups = find_groups(trace(Net().eval(), X))
+    measured, most = 0, 100
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal measured
+        if measured == most:
+            raise KeyboardInterrupt
+        measured += 1
+        return measure_paired(*args, **options)
+
+    monkeypatch.setattr("halp_fx.calibrate.measure_paired", counted)
+    whole = calibrate(
+        groups, Source(Whole(), LatencyTable.open(":memory:")), networks=6, held_out=3
+    )
+    all_of_them, measured, most = measured, 0, 4
+    assert all_of_them > most
+    source = Source(Whole(), LatencyTable.open(":memory:"))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(groups, source, networks=6, held_out=3)
+    assert source.table is not None
+    assert source.table.calibration(network_key(groups, True), Whole().fingerprint()) is None
+    most = 100
+    assert calibrate(groups, source, networks=6, held_out=3) == whole
+    assert measured == all_of_them
+    calibrate(groups, source, networks=6, held_out=3)
+    assert measured == all_of_them  # nothing is left to measure
 
 
 def test_compile_plans_with_the_calibration() -> None:

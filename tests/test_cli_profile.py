@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ from torch import nn
 
 import halp_fx
 from halp_fx.errors import DependencyError
-from halp_fx.latency import Analytic, Calibration, LatencyTable, Source, Torch
+from halp_fx.latency import Analytic, Calibration, LatencyTable, Source, Stored, Torch
 from halp_fx.passes.latency import network_key
 from halp_fx.tools import advice, profiler, sweep
 from tests.test_cli import NET, ok, refused
@@ -59,6 +61,27 @@ def test_a_table_that_prune_reads(tmp_path: Path) -> None:
     with LatencyTable.open(table) as opened:
         assert opened.entries() == rows
     ok("prune", WIDE, "-b", "0.9", "--latency", table, "-o", tmp_path / "out", "--no-onnx")
+
+
+def test_a_table_of_another_device(tmp_path: Path) -> None:
+    table, folder = tmp_path / "net.sqlite", tmp_path / "out"
+    ok("profile", WIDE, "--backend", "torch", "--threads", 1, "--calibrate", 0, "-o", table)
+    with sqlite3.connect(table) as connection:
+        (text,) = connection.execute("SELECT text FROM fingerprints").fetchone()
+        there = json.dumps({**json.loads(text), "cores": 4096}, sort_keys=True)
+        connection.execute("UPDATE fingerprints SET text = ?", (there,))
+    connection.close()
+    prune = ("prune", WIDE, "-b", "0.9", "-o", folder, "--no-onnx", "--latency")
+    text = refused(*prune, table)
+    assert "made on another device" in text
+    assert "cores: 4096, here " in text
+    assert "--foreign" in text
+    assert not folder.exists()
+    with pytest.warns(UserWarning, match="made on another device"):
+        ok(*prune, table, "--foreign")
+    assert (folder / "model.safetensors").is_file()
+    assert "--foreign is for --latency with" in refused(*prune, "torch", "--foreign")
+    assert "there is no latency table" in refused(*prune, tmp_path / "no.sqlite", "--foreign")
 
 
 def test_a_batch_size(tmp_path: Path) -> None:
@@ -143,6 +166,22 @@ def test_advice(tmp_path: Path) -> None:
     assert "Can pruning help?" in text
     for row in ("in kernels whose width can change", "starting kernels", "least latency that"):
         assert row in text
+
+
+def test_advice_takes_few_measurements() -> None:
+    model, x = make_wide()
+    groups = profiler.groups_of(model, (x,))
+    backend = Torch(threads=1, min_sample_ms=0.02, samples=3)
+    counts = []
+    for coarse in (True, False):
+        with LatencyTable.open(":memory:") as table:
+            profiler.profile(groups, Source(backend, table), coarse=coarse)
+            counts.append(len(table.entries()))
+            # Advice is also had from a table made elsewhere, with the widths that it has.
+            stored = Source(Stored(backend.fingerprint(), "{}"), table)
+            if not coarse:
+                profiler.profile(groups, stored, coarse=True)
+    assert counts[0] < 0.5 * counts[1]
 
 
 def test_what_advice_says() -> None:

@@ -326,6 +326,25 @@ def test_reports_the_share_of_post_processing(
     assert "of the whole model" not in render_markdown(halp_fx.plan_of(ssd[1]))
 
 
+def test_a_whole_detector_is_not_exported_but_told_how(
+    ssd: tuple[nn.Module, nn.Module], tmp_path: Path
+) -> None:
+    for example in (None, torch.rand(1, 3, 64, 64)):
+        with pytest.raises(InputError, match=r"^SSD takes and gives lists.*core_of\(detector\)"):
+            halp_fx.export_onnx(ssd[1], tmp_path / "whole.onnx", example)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["retinanet", "fcos"])
+def test_exports_of_the_tensor_part(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pruned = prune(SMALL[name]().eval())
+    path = halp_fx.export_onnx(core_of(pruned), tmp_path / "core.onnx")
+    assert path.stat().st_size > 0
+    assert path.stat().st_size < 1.1 * sum(4 * p.numel() for p in pruned.parameters()) + 1e6
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_exports(tmp_path: Path) -> None:

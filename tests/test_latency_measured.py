@@ -80,6 +80,21 @@ def test_refined_costs_are_exact_between_steps_too() -> None:
     assert max(coarse) > 1e-3  # so there was something to refine
 
 
+@pytest.mark.parametrize("budget", [0.8, 0.6, 0.4])
+def test_widths_keep_to_the_steps_that_were_measured(budget: float) -> None:
+    source = source_of(Stairs(fuses=True))
+    pruned = halp_fx.compile(Plain().eval(), budget, X, latency=source)
+    widths = {
+        name: module.out_channels
+        for name, module in pruned.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+    assert any(
+        width < dense for width, dense in zip(widths.values(), (96, 96, 80, 40), strict=True)
+    )
+    assert all(width % 4 == 0 for width in widths.values()), widths
+
+
 class Branched(nn.Module):
     """A residual branch that starts (`before`) or ends with a norm of the trunk's width."""
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,7 @@ from halp_fx.errors import InfeasibleError, InputError
 from halp_fx.training import GradualPruner
 from halp_fx.training.processes import _taking
 from halp_fx.training.wrapping import wrapping_of
+from tests.launching import free_port
 from tests.training_networks import batches, example, network
 
 WORLD = 2
@@ -206,6 +210,35 @@ def _least(found: Any) -> dict[str, float]:
 def test_different_networks_are_an_error_in_both(folder: Path) -> None:
     for found in _found(folder, _different):
         assert found["message"].startswith("the processes have different networks: build the same")
+
+
+def _torchrun(folder: Path, *arguments: str) -> list[dict[str, torch.Tensor]]:
+    """Final weights of each of two processes that torchrun started."""
+    folder.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+               f"127.0.0.1:{free_port()}", "-m", "tests.launched_training", str(folder),
+               *arguments]  # fmt: skip
+    home = str(Path(__file__).resolve().parent.parent)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1",
+                   "PYTHONPATH": os.pathsep.join([home, *sys.path])}  # fmt: skip
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"final{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def test_a_run_that_was_killed_is_restarted_by_torchrun_and_goes_on(tmp_path: Path) -> None:
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    whole = _torchrun(tmp_path / "whole")
+    killed = _torchrun(tmp_path / "killed", "5")  # after the second milestone of three
+    lives = [(tmp_path / "killed" / f"lives{r}.txt").read_text().split() for r in range(WORLD)]
+    assert lives == [["0", "5"]] * WORLD
+    for one, other in zip(whole, killed, strict=True):
+        assert one.keys() == other.keys() == whole[0].keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,9 @@ def profile(
     with progress_bars() as progress:
         # Advice is wanted soon; it can be had without knowing the last few percent.
         asked = 0 if advise else calibrate
-        priced = profiler.profile(groups, source, calibrate_on=asked, progress=progress)
+        priced = profiler.profile(
+            groups, source, calibrate_on=asked, coarse=advise, progress=progress
+        )
     out().print(profiler.kernel_table(priced))
     if advise:
         out().print(advice.advice_text(advice.advice_of(groups, priced, source)))

@@ -20,6 +20,7 @@ from halp_fx.latency import (
     LatencyTable,
     OnnxRuntime,
     Source,
+    Stored,
     Torch,
     TorchCompile,
     default_table_path,
@@ -124,6 +125,7 @@ def profile(
     source: Source,
     *,
     calibrate_on: int = 0,
+    coarse: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LatencyModel:
     """Prices every kernel of the network at its widths; measurements land in the source's table.
@@ -132,12 +134,14 @@ def profile(
         calibrate_on: networks of random widths that are measured whole, a third of them to check
             the calibration on; 0: none. Nothing is measured where the table has a calibration
             on as many.
+        coarse: measure at few widths, which is soon done; what comes of it is not for pruning.
 
     Raises:
         HalpError: a kernel or a network can't be measured.
     """
     tell = progress or (lambda stage, done, total: None)
-    model = price(groups, source, progress=partial(tell, "latency"))
+    few = True if coarse and not isinstance(source.backend, Stored) else None
+    model = price(groups, source, coarse=few, progress=partial(tell, "latency"))
     found = model.calibration
     # The dense network is fitted besides those of random widths.
     known = 0 if found is None else found.networks - 1 + found.held_out
