@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 --max-restarts 1 launched_training.py FOLDER [STEP]
 
-Each optimiser step leaves a checkpoint of each process. In the first life the second process kills itself after
-STEP of them; what torchrun starts then goes on from there.
+Each optimiser step leaves a checkpoint of each process. In the first life the second process kills
+itself after STEP of them; what torchrun starts then goes on from there.
 """
 
 from __future__ import annotations

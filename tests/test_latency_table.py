@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import halp_fx
-from halp_fx.errors import DeviceMismatchError, LatencyError
+from halp_fx.errors import LatencyError
 from halp_fx.latency import Entry, LatencyTable, Timing, default_table_path
 from halp_fx.latency.table import SCHEMA_VERSION
 
