@@ -86,8 +86,9 @@ def compile(
             group's channels and over the group's name, to a value. The pattern with the most
             characters besides wildcards counts, among equals the largest value; where none
             matches, the default holds.
-        candidates: try so many near-optimal plans on a few batches of `data` (loss after batch
-            norm recalibration) and keep the best.
+        candidates: try so many plans on a few batches of `data` (loss after batch norm
+            recalibration) and keep the best: with 3, by each of the three scores by data; what is
+            above that weighs the groups a little differently against each other.
         steps: prune in so many steps, of budgets that fall exponentially; between them, batch norms
             are recalibrated and the channels that are left scored anew on up to 64 minibatches of
             `data`, in a copy. Values and `plan.gap` are those of the last.
