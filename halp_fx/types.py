@@ -205,6 +205,8 @@ class Kernel:
     # One an axis, or none: sizes that are no multiple of it are no faster than the next multiple.
     # 1: every size counts; 0: not looked for.
     steps: tuple[int, ...] = ()
+    # One an axis, or none: how many times slower than the next multiple the worst size off it is.
+    penalties: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

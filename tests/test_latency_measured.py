@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich import console
 from torch import Tensor, nn
 
 import halp_fx
@@ -19,6 +21,7 @@ from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import price, refine
 from halp_fx.passes.rewrite import rewrite
 from halp_fx.passes.trace import trace
+from halp_fx.tools.profiler import kernel_table
 from halp_fx.types import ChannelGroups
 from tests.test_latency import Counting
 
@@ -67,6 +70,11 @@ def test_refined_costs_are_exact_between_steps_too() -> None:
     source = source_of(Stairs(fuses=True))
     costs = price(groups, source)
     assert {step for kernel in costs.kernels for step in kernel.steps} > {4, 16}
+    worst = max(penalty for kernel in costs.kernels for penalty in kernel.penalties)
+    assert 1.2 < worst < 1.6
+    shown = console.Console(width=200, file=io.StringIO())
+    shown.print(kernel_table(costs))
+    assert f"(off it {worst:.1f}x)" in shown.file.getvalue()
     random = np.random.default_rng(0)
     coarse = []
     for _ in range(3):

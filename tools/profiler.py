@@ -33,6 +33,8 @@ from halp_fx.types import ChannelGroups, LatencyModel
 
 __all__ = ["dtype_of", "groups_of", "kernel_table", "profile", "source_of", "write_bundle_of"]
 
+_NOTABLE = 1.05  # a penalty below this is noise, or hardly matters
+
 
 def source_of(
     backend: str,
@@ -183,6 +185,12 @@ def write_bundle_of(
     return len(jobs)
 
 
+def _step_text(step: int, penalty: float) -> str:
+    if not step:
+        return "?"
+    return str(step) if penalty < _NOTABLE else f"{step} (off it {penalty:.1f}x)"
+
+
 def kernel_table(model: LatencyModel, shown: int = 20) -> Table:
     """The kernels that cost most in the dense network."""
     costs = [
@@ -200,7 +208,8 @@ def kernel_table(model: LatencyModel, shown: int = 20) -> Table:
     table.add_column("steps", justify="right")
     for cost, kernel in costs[:shown]:
         sizes = " x ".join(str(axis.dense) for axis in kernel.axes)
-        steps = " x ".join(str(step) if step else "?" for step in kernel.steps)
+        slower = kernel.penalties or (1.0,) * len(kernel.steps)
+        steps = " x ".join(map(_step_text, kernel.steps, slower))
         share = f"{cost / model.dense_ms:.1%}" if model.dense_ms else ""
         table.add_row(escape(kernel.name), escape(kernel.op), sizes, f"{cost:.4f}", share, steps)
     rest = costs[shown:]

@@ -79,6 +79,7 @@ class Grid:
         times = [look_up(part.nodes, kept) for kept in points]
         found = [s if isinstance(s, Step) else Step() for s in steps]
         known = tuple(s.size if isinstance(s, Step) else 0 for s in steps)
+        slower = tuple(max(step.penalties, default=1.0) for step in found)
         cost: Callable[..., Any]
         if self.gridded:
             sizes = self.sizes
@@ -88,7 +89,7 @@ class Grid:
         else:
             anchors = [tuple(int(axis.size(kept)) for axis in self.axes) for kept in points]
             cost = ScaledCost(self.formula, dict(zip(anchors, times, strict=True)))
-        return Kernel(part.nodes[-1], part.nodes, self.axes, cost, part.op, known)
+        return Kernel(part.nodes[-1], part.nodes, self.axes, cost, part.op, known, slower)
 
 
 class ScaledCost:
