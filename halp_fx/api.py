@@ -57,7 +57,8 @@ def compile(
         loss: `loss(output, target)`, needed with `data`.
         latency: what a width costs. None measures this device with PyTorch, keeping the table;
             "torch", "onnxruntime" or "analytic" name a back-end; a back-end with options, as
-            `halp_fx.latency.OnnxRuntime(threads=1)`; the path of a table; a `LatencyTable`.
+            `halp_fx.latency.OnnxRuntime(threads=1)`; the path of a table; a `LatencyTable`. A table
+            of another device is refused: see `halp_fx.latency.resolve_backend`.
         saliency: "fisher" (mean squares of the first-order change of the loss; the default with
             data), "taylor" (HALP's: its mean absolute values), "taylor1.5" (between the two),
             "magnitude", or a callable that takes the `ChannelGroups` and returns group name ->
@@ -87,8 +88,9 @@ def compile(
             characters besides wildcards counts, among equals the largest value; where none
             matches, the default holds.
         candidates: try so many plans on a few batches of `data` (loss after batch norm
-            recalibration) and keep the best: with 3, by each of the three scores by data; what is
-            above that weighs the groups a little differently against each other.
+            recalibration) and keep the best: with 3, by each of the three scores by gradients;
+            what is above that, or where `saliency` is not one of them, weighs the groups a little
+            differently against each other.
         steps: prune in so many steps, of budgets that fall exponentially; between them, batch norms
             are recalibrated and the channels that are left scored anew on up to 64 minibatches of
             `data`, in a copy. Values and `plan.gap` are those of the last.

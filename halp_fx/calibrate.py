@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -45,7 +45,8 @@ def calibrate(
 
     Each network is measured in turn with the dense one, so that a machine that is slower for a
     while slows both; its kernels are measured at its widths, as `halp_fx.compile` does. The result
-    goes into the source's table, where `halp_fx.compile` finds it.
+    goes into the source's table, where `halp_fx.compile` finds it. A run that was stopped goes on
+    where it was; a new one measures all networks anew.
 
     Args:
         groups: of the network.
@@ -86,12 +87,15 @@ def calibrate(
 
     measure_widths(groups, source, costs, choices, progress=tell)
     key = network_key(groups, backend.fuses)
+    keys = [_keys_of(groups, backend.fuses, i, kept) for i, kept in enumerate(choices)]
     pairs: dict[int, tuple[Timing, Timing]] = {}
     # In random order: what the machine does meanwhile is no matter of those held out.
     for done, i in enumerate(generator.permutation(total).tolist(), start=1):
-        pairs[i] = _whole(source, table, key, plans[i])
+        pairs[i] = _whole(source, table, keys[i], plans[i])
         if progress is not None:
             progress(kernels + done, kernels + total)
+    # They are there for a run that is stopped; the next one is to measure anew.
+    table.remove(itertools.chain.from_iterable(keys), backend.fingerprint())
     usual_ms = statistics.median(before.median_ms for before, _ in pairs.values())
     weights = parameter_counts(groups)
     sums, times = [costs.dense_ms], [usual_ms]
@@ -106,15 +110,22 @@ def calibrate(
     return found
 
 
-def _whole(source: Source, table: LatencyTable, network: str, plan: Plan) -> tuple[Timing, Timing]:
-    """What the dense network and a pruned one take: from the table, or measured in turn.
+def _keys_of(
+    groups: ChannelGroups, fuses: bool, number: int, kept: Sequence[int]
+) -> tuple[str, str]:
+    """Where the table keeps the dense network and a pruned one, until the calibration is done."""
+    name = f"whole network {number}, {network_key(groups, fuses, kept)}"
+    return f"{name}: dense", f"{name}: pruned"
+
+
+def _whole(
+    source: Source, table: LatencyTable, keys: tuple[str, str], plan: Plan
+) -> tuple[Timing, Timing]:
+    """What the dense network and a pruned one take: as a run that was stopped left it, or measured.
 
     Kept as soon as it is known, so that a run that is killed loses one network at most.
     """
     backend, traced = source.backend, plan.groups.traced
-    kept = ",".join(str(len(units)) for units in plan.units)
-    widths_digest = hashlib.sha256(kept.encode()).hexdigest()[:16]
-    keys = [f"whole network {network[:16]} at {widths_digest}: {of}" for of in ("dense", "pruned")]
     known = [table.get(key, backend.fingerprint()) for key in keys]
     if known[0] is not None and known[1] is not None:
         return known[0], known[1]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,25 @@ import torch
 from halp_fx.errors import HalpError, InputError
 from halp_fx.passes.rewrite import rewrite
 from halp_fx.recalibrate import recalibrate
-from halp_fx.types import ChannelGroups, LatencyModel, Plan, Saliency
+from halp_fx.types import LatencyModel, Plan, Saliency
 
-__all__ = ["best_of"]
+__all__ = ["Best", "best_of"]
 
 _BATCHES = 8  # minibatches to recalibrate and score on
 _SPREAD = 0.3  # standard deviation of the logarithm by which a group's saliency is scaled
 
-Choose = Callable[[ChannelGroups, Saliency, LatencyModel, float], Plan]
+# Chooses, and makes the costs exact at the widths that were chosen.
+Choose = Callable[[Saliency, LatencyModel], tuple[LatencyModel, Plan]]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The candidate that was kept."""
+
+    plan: Plan
+    scores: Saliency  # it was chosen by; its value and gap are of these
+    costs: LatencyModel  # exact at the widths of all candidates
+    facts: Mapping[str, Any]  # for the report
 
 
 def best_of(
@@ -32,15 +43,15 @@ def best_of(
     data: Iterable[Any],
     loss: Callable[[Any, Any], torch.Tensor],
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Plan, Saliency]:
+) -> Best:
     """The plan with the least loss on data among `count`, after batch norm recalibration.
 
     How much a group counts against another is what a sum of saliencies knows least about. The
     first is `plan`; the next are by the other powers of the first-order change, where scores are
     by data; the rest weigh the groups' saliencies a little differently against each other.
 
-    Returns:
-        The plan, and the saliency that it was chosen by, which its value and gap are of.
+    Raises:
+        InputError: there are no batches to try them on.
     """
     batches = list(itertools.islice(data, _BATCHES))
     if not batches:
@@ -52,22 +63,23 @@ def best_of(
     while len(varied) < count - 1:
         factors = np.exp(generator.normal(0.0, _SPREAD, len(scores.scores)))
         scaled = tuple(s * f for s, f in zip(scores.scores, factors, strict=True))
-        varied.append(replace(scores, scores=scaled))
+        varied.append(replace(scores, scores=scaled, method=f"{scores.method}, groups perturbed"))
     tried = [(plan, scores)]
     for variant in varied[: count - 1]:
         try:
-            tried.append((choose(plan.groups, variant, costs, plan.budget_ms), variant))
+            costs, other_plan = choose(variant, costs)
         except HalpError:
             continue
+        tried.append((other_plan, variant))
     losses = []
     for done, (candidate, _) in enumerate(tried, start=1):
         losses.append(_loss_of(candidate, batches, loss))
         if progress is not None:
             progress(done, len(tried))
     best = int(np.nanargmin(losses)) if np.isfinite(losses).any() else 0
-    facts = {"candidate": best, "candidate_losses": [float(x) for x in losses]}
     chosen, by = tried[best]
-    return replace(chosen, report={**chosen.report, **facts}), by
+    facts = {"candidate": best, "candidate_losses": [float(x) for x in losses]}
+    return Best(chosen, by, costs, facts)
 
 
 def _loss_of(plan: Plan, batches: list[Any], loss: Callable[[Any, Any], torch.Tensor]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from torch import fx, nn
 from halp_fx.budget import Budget, parse_budget
 from halp_fx.candidates import best_of
 from halp_fx.errors import InfeasibleError, InputError, NothingToPruneError, SaliencyError
-from halp_fx.latency import Source, Stored, resolve_backend
+from halp_fx.latency import Source, resolve_backend, tell_foreign
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import price, refine
 from halp_fx.passes.rewrite import rewrite
@@ -93,18 +92,28 @@ class Prepared:
             if can_measure(source):
                 stage("refine")
                 costs, plan = _refined(plan, scores, costs, source, self.tell, choose)
+            facts: Mapping[str, Any] = {"steps": self.steps if among is not None else 1}
             if self.candidates > 1 and self.data is not None and self.loss is not None:
                 stage("candidates")
-                plan, scores = best_of(
-                    self.candidates, plan, scores, costs, choose, self.data, self.loss,
+
+                def exactly(by: Saliency, costs: LatencyModel) -> tuple[LatencyModel, Plan]:
+                    other = choose(self.groups, by, costs, budget_ms)
+                    if not can_measure(source):
+                        return costs, other
+                    return _refined(other, by, costs, source, _silent, choose)
+
+                best = best_of(
+                    self.candidates, plan, scores, costs, exactly, self.data, self.loss,
                     partial(self.tell, "candidates"),
                 )  # fmt: skip
-            plan = self._annotated(plan, scores, costs, among)
+                plan, scores, costs = best.plan, best.scores, best.costs
+                facts = {**facts, **best.facts}
+            plan = self._annotated(plan, scores, costs, facts)
             if self.verify and any(
                 can_measure(s) for s in (source, *(o.source for o in self.also))
             ):
                 stage("verify")
-                pruned = self._verified(plan, limit, scores, costs, among)
+                pruned = self._verified(plan, limit, scores, costs, among, facts)
             else:
                 stage("rewrite")
                 pruned = rewrite(plan)
@@ -119,6 +128,7 @@ class Prepared:
         scores: Saliency,
         costs: LatencyModel,
         among: Sequence[IntArray] | None,
+        facts: Mapping[str, Any],
     ) -> fx.GraphModule:
         checks = [
             Check(self.source, limit, plan.budget_ms),
@@ -128,7 +138,7 @@ class Prepared:
         def choose(asked_ms: Sequence[float]) -> Plan:
             within = self._chooser(limit, among=among, also_ms=asked_ms[1:])
             return self._annotated(
-                within(self.groups, scores, costs, asked_ms[0]), scores, costs, among
+                within(self.groups, scores, costs, asked_ms[0]), scores, costs, facts
             )
 
         return verified(plan, checks, choose, partial(self.tell, "verify"))
@@ -138,11 +148,11 @@ class Prepared:
         plan: Plan,
         scores: Saliency,
         costs: LatencyModel,
-        among: Sequence[IntArray] | None,
+        facts: Mapping[str, Any],
     ) -> Plan:
         report = {
             **plan.report,
-            "steps": self.steps if among is not None else 1,
+            **facts,
             "model": plan.groups.traced.model_name,
             "saliency": scores.method,
             "data_free": scores.data_free,
@@ -254,16 +264,11 @@ def prepare(
         stage("trace")
         traced = trace(model, example_inputs)
         source = resolve_backend(latency, device=_device_of(model))
-        if isinstance(source.backend, Stored):
-            warnings.warn(
-                "the latency table was made on another device or with other settings: times are "
-                "looked up in it, and the result is not measured here "
-                f"({source.backend.differs})",
-                stacklevel=3,
-            )
         others = [
             (resolve_backend(where, device=_device_of(model)), most) for where, most in further
         ]
+        for each in (source, *(elsewhere for elsewhere, _ in others)):
+            tell_foreign(each, stacklevel=3)
         stage("groups")
         scope = scope_of(traced.root, include, exclude)
         groups = _in_scope(find_groups(traced, exact=exact, scope=scope), scope)

@@ -205,7 +205,8 @@ class Kernel:
     # One an axis, or none: sizes that are no multiple of it are no faster than the next multiple.
     # 1: every size counts; 0: not looked for.
     steps: tuple[int, ...] = ()
-    # One an axis, or none: how many times slower than the next multiple the worst size off it is.
+    # One an axis, or none: how many times slower than the next multiple sizes off it are, at worst
+    # (the median over odd sizes, over those that 2 divides and 4 does not, and so on).
     penalties: tuple[float, ...] = ()
 
 

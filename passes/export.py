@@ -29,9 +29,6 @@ DEFAULT_OPSET = 18
 _ONE_FILE_BYTES = 1_500_000_000
 _SEED = 0
 
-# Known by name: nothing else here needs torchvision.
-_DETECTORS = ("GeneralizedRCNN", "SSD", "RetinaNet", "FCOS")
-
 _RTOL = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _DEFAULT_RTOL = 1e-3
 _DEFAULT_ATOL = 1e-5
@@ -172,14 +169,12 @@ def _constants_to_cpu(module: fx.GraphModule) -> None:
 
 
 def _example(model: nn.Module, example: Any) -> tuple[Any, ...]:
-    if any(
-        kind.__module__.startswith("torchvision.models.detection.") and kind.__name__ in _DETECTORS
-        for kind in type(model).__mro__
-    ):
+    if type(model).forward.__module__.startswith("torchvision.models.detection."):
         raise InputError(
-            f"{type(model).__name__} takes and gives lists of any length, which is not exported: "
-            "pass its tensor part, export_onnx(halp_fx.core_of(detector), path, "
-            "torch.zeros(1, 3, 300, 300)), or, of two stages, its backbone and its box head"
+            f"{type(model).__name__} takes and gives lists of any length, which is not exported. "
+            "Pass the tensor part of what halp_fx.compile made of it, "
+            "export_onnx(halp_fx.core_of(pruned), path), or, where it has two stages, backbone, "
+            "region proposals and box head one by one"
         )
     if example is None:
         recorded = getattr(model, "meta", {}).get("halp_fx_example")

@@ -72,11 +72,15 @@ def price(
     return LatencyModel(tuple(kernels), backend.name, backend.fingerprint(), total, found)
 
 
-def network_key(groups: ChannelGroups, fuses: bool) -> str:
-    """What identifies a network in a table: a digest of its kernels."""
-    dense = dict(enumerate(groups.dense_units))
+def network_key(groups: ChannelGroups, fuses: bool, kept: Sequence[int] | None = None) -> str:
+    """What identifies a network in a table: a digest of its kernels.
+
+    Args:
+        kept: units kept in each group; None: all.
+    """
+    units = dict(enumerate(groups.dense_units if kept is None else kept))
     parts = kernel_parts(groups, fuses, split=False)
-    texts = [signature(groups, part.nodes, dense) for part in parts]
+    texts = [signature(groups, part.nodes, units) for part in parts]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 

@@ -169,6 +169,27 @@ def test_of_several_devices_this_one_is_chosen(tmp_path: Path) -> None:
     assert resolve_backend(path).backend == backend
 
 
+def test_of_several_devices_the_other_one_is_chosen_where_that_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    backend = Torch(threads=1)
+    other = _foreign(backend, cores=4096)
+    path = _table(tmp_path / "t.sqlite", backend.fingerprint(), other)
+    assert resolve_backend(path).backend == backend
+    found = resolve_backend(path, allow_foreign=True).backend
+    assert isinstance(found, Stored)
+    assert found.text == other
+    own = _table(tmp_path / "own.sqlite", backend.fingerprint())
+    with pytest.raises(InputError, match="no timings of another device.*leave --foreign"):
+        resolve_backend(own, allow_foreign=True)
+    with pytest.raises(InputError, match="no timings of another device"):
+        resolve_backend(LatencyTable.open(":memory:"), allow_foreign=True)
+    several = _table(tmp_path / "several.sqlite", other, _foreign(backend, cores=8192))
+    with pytest.raises(LatencyError, match="several devices or settings besides this one") as e:
+        resolve_backend(several, allow_foreign=True)
+    assert "cores 4096" in str(e.value) and "cores 8192" in str(e.value)
+
+
 def test_several_foreign_devices_are_named(tmp_path: Path) -> None:
     texts = [_foreign(Torch(threads=1), cores=cores) for cores in (4096, 8192)]
     with pytest.raises(LatencyError, match="none of them is this one") as e:

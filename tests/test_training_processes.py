@@ -23,7 +23,6 @@ from halp_fx.errors import InfeasibleError, InputError
 from halp_fx.training import GradualPruner
 from halp_fx.training.processes import _taking
 from halp_fx.training.wrapping import wrapping_of
-from tests.launching import free_port
 from tests.training_networks import batches, example, network
 
 WORLD = 2
@@ -212,28 +211,33 @@ def test_different_networks_are_an_error_in_both(folder: Path) -> None:
         assert found["message"].startswith("the processes have different networks: build the same")
 
 
-def _torchrun(folder: Path, *arguments: str) -> list[dict[str, torch.Tensor]]:
+def _torchrun(folder: Path, restarts: int, *arguments: str) -> list[dict[str, torch.Tensor]]:
     """Final weights of each of two processes that torchrun started."""
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-               f"127.0.0.1:{free_port()}", "-m", "tests.launched_training", str(folder),
-               *arguments]  # fmt: skip
+               "--max-restarts", str(restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint",
+               "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m", "tests.launched_training",
+               str(folder), *arguments]  # fmt: skip
     home = str(Path(__file__).resolve().parent.parent)
     environment = {**os.environ, "OMP_NUM_THREADS": "1",
                    "PYTHONPATH": os.pathsep.join([home, *sys.path])}  # fmt: skip
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    with (folder / "log.txt").open("w+", encoding="utf-8") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            code = process.wait(timeout=280)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it ends its processes, too
+            process.wait(timeout=60)
+            raise
+    assert code == 0, (folder / "log.txt").read_text(encoding="utf-8")[-3000:]
     return [torch.load(folder / f"final{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
 def test_a_run_that_was_killed_is_restarted_by_torchrun_and_goes_on(tmp_path: Path) -> None:
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("torch was built without gloo")
-    whole = _torchrun(tmp_path / "whole")
-    killed = _torchrun(tmp_path / "killed", "5")  # after the second milestone of three
+    whole = _torchrun(tmp_path / "whole", 0)
+    killed = _torchrun(tmp_path / "killed", 1, "5")  # after the second milestone of three
     lives = [(tmp_path / "killed" / f"lives{r}.txt").read_text().split() for r in range(WORLD)]
     assert lives == [["0", "5"]] * WORLD
     for one, other in zip(whole, killed, strict=True):

@@ -87,6 +87,19 @@ def test_a_budget_that_is_missed_is_asked_for_again(model: nn.Module) -> None:
     oracle.assert_exact(model, pruned, (X,))
 
 
+def test_the_report_of_candidates_outlives_the_verification(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randn(2, 3, 12, 12, generator=generator),) * 2 for _ in range(2)]
+    options: dict[str, Any] = {"data": data, "loss": lambda out, x: (out - x.mean()).pow(2).mean()}
+    own = source("own", 20_000.0)
+    pruned = halp_fx.compile(model, 0.7, X, latency=own, candidates=4, **options)
+    report = halp_fx.plan_of(pruned).report
+    assert report["measured_rounds"] > 1  # so it was chosen again
+    assert len(report["candidate_losses"]) == 4
+    methods = ("fisher", "taylor1.5", "taylor", "fisher, groups perturbed")
+    assert report["saliency"] == methods[report["candidate"]]
+
+
 def test_a_further_latency_is_measured_and_asked_for_again(model: nn.Module) -> None:
     own, other = source("own", 0.0), source("other", 20_000.0)
     plan = halp_fx.plan_of(halp_fx.compile(model, 0.9, X, latency=own, also=[(other, 0.7)]))

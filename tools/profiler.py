@@ -136,14 +136,16 @@ def profile(
         calibrate_on: networks of random widths that are measured whole, a third of them to check
             the calibration on; 0: none. Nothing is measured where the table has a calibration
             on as many.
-        coarse: measure at few widths, which is soon done; what comes of it is not for pruning.
+        coarse: measure at few widths and calibrate on none, which is soon done; what comes of it is
+            not for pruning. Where the table has all widths already, they are used.
 
     Raises:
         HalpError: a kernel or a network can't be measured.
     """
     tell = progress or (lambda stage, done, total: None)
-    few = True if coarse and not isinstance(source.backend, Stored) else None
-    model = price(groups, source, coarse=few, progress=partial(tell, "latency"))
+    if coarse and not _is_profiled(groups, source):
+        return price(groups, source, coarse=True, progress=partial(tell, "latency"))
+    model = price(groups, source, progress=partial(tell, "latency"))
     found = model.calibration
     # The dense network is fitted besides those of random widths.
     known = 0 if found is None else found.networks - 1 + found.held_out
@@ -158,6 +160,15 @@ def profile(
         progress=partial(tell, "calibrate"),
     )
     return price(groups, source)
+
+
+def _is_profiled(groups: ChannelGroups, source: Source) -> bool:
+    """Whether all that `price` looks up is there, or can't be measured."""
+    backend, table = source.backend, source.table
+    if table is None or isinstance(backend, Stored):
+        return True
+    known = {entry.key for entry in table.entries(backend.fingerprint())}
+    return all(job.key in known for job in measurements(groups, backend.fuses))
 
 
 def write_bundle_of(

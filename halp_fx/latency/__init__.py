@@ -8,7 +8,7 @@ from .bundle import import_results, write_bundle
 from .calibration import Calibration, fit_calibration
 from .interpolate import GridCost
 from .onnxruntime_backend import OnnxRuntime
-from .source import Source, Stored, resolve_backend
+from .source import Source, Stored, resolve_backend, tell_foreign
 from .steps import Step, SteppedCost, find_step, probe_sizes
 from .table import Entry, LatencyTable, default_table_path
 from .timing import measure_jobs, measure_network, measure_paired
@@ -41,5 +41,6 @@ __all__ = [
     "measure_paired",
     "probe_sizes",
     "resolve_backend",
+    "tell_foreign",
     "write_bundle",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from .table import LatencyTable, default_table_path
 from .torch_backend import Torch
 from .torch_compile import TorchCompile
 
-__all__ = ["Source", "Stored", "resolve_backend"]
+__all__ = ["Source", "Stored", "resolve_backend", "tell_foreign"]
 
 _ACCEPTED = (
     'Accepted are None, "torch", "torch.compile", "onnxruntime", "analytic", a back-end such as '
@@ -99,14 +100,15 @@ def resolve_backend(
             table, or a `LatencyTable`: the back-end is rebuilt from the fingerprint stored in it.
             An empty table is filled by PyTorch on `device`. A `Source`: itself.
         device: the torch device to measure where `latency` names none.
-        allow_foreign: accept a table of another device, or of settings or versions that can't be
-            had here, as it comes when a table is carried over from the device that is aimed at. It
+        allow_foreign: take the timings of another device, or of settings or versions that can't
+            be had here, from a table that was carried over from the device that is aimed at. It
             is for look-up only: what it lacks can't be measured and raises
             `DeviceMismatchError`. What `halp-fx profile --import` and `import_results` read is
             accepted in any case.
 
     Raises:
-        InputError: `latency` is none of these; the message lists what is accepted.
+        InputError: `latency` is none of these; the message lists what is accepted. Or
+            `allow_foreign`, and the table has no timings of another device.
         DeviceMismatchError: the table is of another device and `allow_foreign` is False; the
             message lists what differs.
         DependencyError: "onnxruntime" is asked for and not installed.
@@ -124,6 +126,16 @@ def resolve_backend(
     if isinstance(latency, Backend) and not isinstance(latency, type):
         return _with_default_table(latency)
     raise InputError(f"latency is {latency!r}. {_ACCEPTED}")
+
+
+def tell_foreign(source: Source, stacklevel: int) -> None:
+    """Warn where times are only looked up, and the result is not measured here."""
+    if isinstance(source.backend, Stored):
+        warnings.warn(
+            "the latency table was made on another device or with other settings: times are "
+            f"looked up in it, and the result is not measured here ({source.backend.differs})",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _from_text(
@@ -151,17 +163,20 @@ def _with_default_table(backend: Backend) -> Source:
 
 def _from_table(table: LatencyTable, device: str | torch.device, allow_foreign: bool) -> Source:
     stored = table.fingerprints()
-    if not stored:
+    if not stored and not allow_foreign:
         return Source(Torch(str(device)), table)
     rebuilt = [_rebuild(text) for text in stored]
     live = [backend for backend in rebuilt if not isinstance(backend, Stored)]
+    if allow_foreign:
+        return _of_other_device(table, [b for b in rebuilt if isinstance(b, Stored)])
     if len(stored) == 1:
         only = rebuilt[0]
-        if isinstance(only, Stored) and not (allow_foreign or table.is_imported(only.text)):
+        if isinstance(only, Stored) and not table.is_imported(only.text):
             raise DeviceMismatchError(
                 f"the latency table {table.path} was made on another device or with other settings "
-                f"({only.differs}). Measure this device into a new table (halp-fx profile -o "
-                "FILE), or, to prune for the device that it was made on, say so: --foreign, or "
+                f"({only.differs}). Set what differs as it was, where it is a setting of this "
+                "process; or measure this device into a new table (halp-fx profile -o FILE); or, "
+                "to prune for the device that it was made on, say so: --foreign, or "
                 "latency=halp_fx.latency.resolve_backend(table, allow_foreign=True)"
             )
         return Source(only, table)
@@ -173,6 +188,22 @@ def _from_table(table: LatencyTable, device: str | torch.device, allow_foreign: 
         f"the latency table {table.path} holds several devices or settings, and {count} this "
         f"one:\n{listed}\nPass halp_fx.latency.Source(backend, table) to say which, or keep each "
         "in a table of its own (halp-fx profile -o FILE)."
+    )
+
+
+def _of_other_device(table: LatencyTable, foreign: list[Stored]) -> Source:
+    """The one device in the table that is not this one."""
+    if len(foreign) == 1:
+        return Source(foreign[0], table)
+    if not foreign:
+        raise InputError(
+            f"the latency table {table.path} has no timings of another device or other settings: "
+            "leave --foreign (allow_foreign) out"
+        )
+    listed = "\n".join(f"  - {summary(backend.text)}" for backend in foreign)
+    raise LatencyError(
+        f"the latency table {table.path} holds several devices or settings besides this one:\n"
+        f"{listed}\nKeep each in a table of its own (halp-fx profile -o FILE)."
     )
 
 

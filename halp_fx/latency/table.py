@@ -7,7 +7,7 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +162,20 @@ class LatencyTable:
             connection.executemany(
                 "INSERT OR REPLACE INTO timings "
                 "SELECT id, ?, ?, ?, ? FROM fingerprints WHERE text = ?",
+                rows,
+            )
+
+    def remove(self, keys: Iterable[str], fingerprint: str) -> None:
+        """Forget timings of a device; keys that it does not have are no error.
+
+        Raises:
+            LatencyError: the file is damaged, locked or read-only.
+        """
+        rows = [(key, fingerprint) for key in keys]
+        with self._lock, _explained(self._path), _transaction(self._connection) as connection:
+            connection.executemany(
+                "DELETE FROM timings WHERE key = ? AND fingerprint = "
+                "(SELECT id FROM fingerprints WHERE text = ?)",
                 rows,
             )
 

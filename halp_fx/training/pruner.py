@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from halp_fx.budget import Budget, parse_budget
 from halp_fx.errors import InputError
-from halp_fx.latency import resolve_backend
+from halp_fx.latency import resolve_backend, tell_foreign
 from halp_fx.passes.latency import price
 from halp_fx.passes.rules.scope import Selection
 from halp_fx.passes.rules.widths import Widths
@@ -150,10 +150,11 @@ class GradualPruner:
             groups = self._dense.groups
             widths = allowed.resolve(groups)
             device = next(groups.traced.root.parameters()).device
-            source = resolve_backend(latency, device=device)
             self._chooser: Chooser | None = None  # in the first process alone
 
             def prepare() -> str:
+                source = resolve_backend(latency, device=device)
+                tell_foreign(source, stacklevel=5)
                 self._chooser = Chooser(
                     groups, price(groups, source), source, limit, schedule, steps, widths, solver,
                     drop_blocks, verify,
