@@ -180,7 +180,7 @@ def test_of_several_devices_the_other_one_is_chosen_where_that_is_asked_for(
     assert isinstance(found, Stored)
     assert found.text == other
     own = _table(tmp_path / "own.sqlite", backend.fingerprint())
-    with pytest.raises(InputError, match="no timings of another device.*leave --foreign"):
+    with pytest.raises(InputError, match=r"no timings of another device.*leave --foreign"):
         resolve_backend(own, allow_foreign=True)
     with pytest.raises(InputError, match="no timings of another device"):
         resolve_backend(LatencyTable.open(":memory:"), allow_foreign=True)
