@@ -12,6 +12,7 @@ from torch import nn
 
 from halp_fx.latency import LatencyTable, Torch
 from halp_fx.tools import bench_latency
+from halp_fx.tools.bench_speedup import speedups
 from tests.test_cli import NET, ok, refused
 
 __all__: list[str] = []
@@ -89,6 +90,24 @@ def test_speedups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < float(rows[0]["measured"]) <= 0.9
     assert float(rows[0]["speedup"]) == pytest.approx(1 / float(rows[0]["measured"]), rel=1e-3)
     assert rows[1]["measured"] == ""
+    assert "can't be met" in rows[1]["remark"]
+
+
+def test_a_network_that_the_device_can_not_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(model: str, budgets: Any, image: Any, batch: int, *rest: Any) -> Any:
+        if batch == 2:
+            raise torch.OutOfMemoryError("out of memory\nTried to allocate")
+        return speedups(model, budgets, image, batch, *rest)
+
+    monkeypatch.setattr("halp_fx.tools.profiler.Torch", steady)
+    monkeypatch.setattr("halp_fx.tools.bench_speedup.speedups", failing)
+    ok("bench", "speedup", "--models", SMALL, "--backend", "torch", "--batches", "2,1",
+       "--budgets", "0.9", "-o", tmp_path)  # fmt: skip
+    rows = rows_of(tmp_path / "speedup.csv")
+    assert [(row["batch"], row["remark"]) for row in rows] == [("2", "out of memory"), ("1", "")]
+    assert rows[0]["measured"] == "" and float(rows[1]["measured"]) > 0
 
 
 def test_mistakes(tmp_path: Path) -> None:

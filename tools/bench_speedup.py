@@ -12,7 +12,7 @@ from rich.markup import escape
 
 import halp_fx
 from halp_fx.budget import parse_budget
-from halp_fx.errors import InfeasibleError, InputError
+from halp_fx.errors import InfeasibleError, InputError, LatencyError
 from halp_fx.latency import Source
 from halp_fx.pipeline import Progress, prepare
 from halp_fx.tools import profiler
@@ -39,6 +39,7 @@ class Speedup:
     speedup: float | None
     met: bool
     rounds: int | None  # how often it was chosen
+    remark: str = ""  # why there are no figures
 
 
 def speedups(
@@ -68,8 +69,8 @@ def speedups(
         fixed = (model, source.backend.name, dtype, batch, budget)
         try:
             plan = halp_fx.plan_of(prepared.prune(halp_fx.Budget(share=budget)))
-        except InfeasibleError:
-            rows.append(Speedup(*fixed, None, None, None, None, None, False, None))
+        except InfeasibleError as error:
+            rows.append(_without(*fixed, error))
             continue
         facts = plan.report
         dense, small = facts["measured_dense_ms"], facts["measured_ms"]
@@ -86,6 +87,16 @@ def speedups(
             )
         )
     return rows
+
+
+def _without(
+    model: str, backend: str, dtype: str, batch: int, budget: float, error: Exception
+) -> Speedup:
+    """A row without figures."""
+    remark = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return Speedup(
+        model, backend, dtype, batch, budget, None, None, None, None, None, False, None, remark
+    )
 
 
 def _share(text: str) -> float:
@@ -158,7 +169,12 @@ def _command(
                         progress(f"{stage} {run}", done, total)
 
                     image = parse_input(shape)[:1]
-                    rows += speedups(name, shares, image, batch, source, dtype, tell)
+                    try:
+                        rows += speedups(name, shares, image, batch, source, dtype, tell)
+                    except (LatencyError, torch.OutOfMemoryError) as error:
+                        # One that the device can't hold is no reason to lose the others.
+                        fixed = (name, source.backend.name, dtype, batch)
+                        rows += [_without(*fixed, share, error) for share in shares]
                     write_rows(rows, output / "speedup.csv")
     out().print(rows_table(f"measured with {backend}", rows))
     err().print(f"wrote {escape(str(output / 'speedup.csv'))}")
