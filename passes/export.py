@@ -169,7 +169,9 @@ def _constants_to_cpu(module: fx.GraphModule) -> None:
 
 
 def _example(model: nn.Module, example: Any) -> tuple[Any, ...]:
-    if type(model).forward.__module__.startswith("torchvision.models.detection."):
+    # A subclass with a `forward` of its own may well take tensors.
+    written_in = getattr(type(model).forward, "__module__", None)  # None: compiled from text
+    if (written_in or "").startswith("torchvision.models.detection."):
         raise InputError(
             f"{type(model).__name__} takes and gives lists of any length, which is not exported. "
             "Pass the tensor part of what halp_fx.compile made of it, "

@@ -21,7 +21,7 @@ from halp_fx.errors import DependencyError
 from halp_fx.latency import Analytic, Calibration, LatencyTable, Source, Stored, Torch
 from halp_fx.passes.latency import network_key
 from halp_fx.tools import advice, profiler, sweep
-from tests.test_cli import NET, ok, refused
+from tests.test_cli import NET, call, ok, refused
 
 __all__: list[str] = []
 
@@ -72,7 +72,9 @@ def test_a_table_of_another_device(tmp_path: Path) -> None:
         connection.execute("UPDATE fingerprints SET text = ?", (there,))
     connection.close()
     prune = ("prune", WIDE, "-b", "0.9", "-o", folder, "--no-onnx", "--latency")
-    text = refused(*prune, table)
+    result = call(*prune, table)
+    assert result.exit_code == 2
+    text = result.stderr
     assert "made on another device" in text
     assert "cores: 4096, here " in text
     assert "--foreign" in text

@@ -330,7 +330,7 @@ def test_a_whole_detector_is_not_exported_but_told_how(
     ssd: tuple[nn.Module, nn.Module], tmp_path: Path
 ) -> None:
     for example in (None, torch.rand(1, 3, 64, 64)):
-        with pytest.raises(InputError, match=r"^SSD takes and gives lists.*core_of\(detector\)"):
+        with pytest.raises(InputError, match=r"^SSD takes and gives lists.*core_of\(pruned\)"):
             halp_fx.export_onnx(ssd[1], tmp_path / "whole.onnx", example)
     assert not list(tmp_path.iterdir())
 
