@@ -1,9 +1,9 @@
 """What torchrun starts in the tests: a network that is pruned while it trains, and goes on.
 
-    torchrun --nproc-per-node 2 --max-restarts 1 launched_training.py FOLDER [STEP]
+    torchrun --nproc-per-node 2 -m tests.launched_training FOLDER [STEP]
 
-Each optimiser step leaves a checkpoint of each process. In the first life the second process kills
-itself after STEP of them; what torchrun starts then goes on from there.
+Each optimiser step leaves a checkpoint of each process. After STEP of them the second process kills
+itself; what is started next in the same folder goes on from there.
 """
 
 from __future__ import annotations

@@ -211,37 +211,39 @@ def test_different_networks_are_an_error_in_both(folder: Path) -> None:
         assert found["message"].startswith("the processes have different networks: build the same")
 
 
-def _torchrun(folder: Path, restarts: int, *arguments: str) -> list[dict[str, torch.Tensor]]:
-    """Final weights of each of two processes that torchrun started."""
-    folder.mkdir()
+def _torchrun(folder: Path, *arguments: str) -> int:
+    """Exit status of two processes that torchrun started."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "--max-restarts", str(restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint",
-               "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m", "tests.launched_training",
-               str(folder), *arguments]  # fmt: skip
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr",
+               "127.0.0.1", "-m", "tests.launched_training", str(folder), *arguments]  # fmt: skip
     home = str(Path(__file__).resolve().parent.parent)
     environment = {**os.environ, "OMP_NUM_THREADS": "1",
                    "PYTHONPATH": os.pathsep.join([home, *sys.path])}  # fmt: skip
-    with (folder / "log.txt").open("w+", encoding="utf-8") as log:
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
-            code = process.wait(timeout=280)
+            return process.wait(timeout=280)
         except subprocess.TimeoutExpired:
             process.terminate()  # it ends its processes, too
             process.wait(timeout=60)
             raise
-    assert code == 0, (folder / "log.txt").read_text(encoding="utf-8")[-3000:]
-    return [torch.load(folder / f"final{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
-def test_a_run_that_was_killed_is_restarted_by_torchrun_and_goes_on(tmp_path: Path) -> None:
+def test_a_run_under_torchrun_that_was_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("torch was built without gloo")
-    whole = _torchrun(tmp_path / "whole", 0)
-    killed = _torchrun(tmp_path / "killed", 1, "5")  # after the second milestone of three
-    lives = [(tmp_path / "killed" / f"lives{r}.txt").read_text().split() for r in range(WORLD)]
-    assert lives == [["0", "5"]] * WORLD
-    for one, other in zip(whole, killed, strict=True):
-        assert one.keys() == other.keys() == whole[0].keys()
+    folders = tmp_path / "whole", tmp_path / "killed"
+    for folder in folders:
+        folder.mkdir()
+    whole, killed = folders
+    assert _torchrun(whole) == 0, (whole / "log.txt").read_text(encoding="utf-8")[-3000:]
+    assert _torchrun(killed, "5") != 0  # after the second milestone of three
+    assert not (killed / "final0.pt").exists()
+    assert _torchrun(killed) == 0, (killed / "log.txt").read_text(encoding="utf-8")[-3000:]
+    for rank in range(WORLD):
+        assert (killed / f"lives{rank}.txt").read_text().split() == ["0", "5"]
+        one, other = (torch.load(f / f"final{rank}.pt", weights_only=True) for f in folders)
+        assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
