@@ -100,7 +100,8 @@ def _lines(found: Advice) -> list[str]:
     if found.overhead is not None and found.overhead > 0.5:
         lines.append(
             "More than half of the time starts kernels, which narrower ones don't save: larger "
-            "batches, a back-end that fuses more, or dropping whole blocks help more."
+            "batches, a back-end that fuses more, CUDA graphs (--cuda-graphs, on a GPU), or "
+            "dropping whole blocks help more."
         )
     if found.prunable < 0.5:
         lines.append(
