@@ -143,9 +143,10 @@ def profile(
         HalpError: a kernel or a network can't be measured.
     """
     tell = progress or (lambda stage, done, total: None)
-    if coarse and not _is_profiled(groups, source):
-        return price(groups, source, coarse=True, progress=partial(tell, "latency"))
-    model = price(groups, source, progress=partial(tell, "latency"))
+    few = True if coarse and not _is_profiled(groups, source) else None
+    model = price(groups, source, coarse=few, progress=partial(tell, "latency"))
+    if coarse:
+        return model
     found = model.calibration
     # The dense network is fitted besides those of random widths.
     known = 0 if found is None else found.networks - 1 + found.held_out

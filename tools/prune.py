@@ -106,10 +106,10 @@ def latency_of(text: str | None, foreign: bool = False) -> str | Path | Source |
     Raises:
         InputError: it looks like a file, and there is none; or `foreign` has no meaning.
     """
-    is_file = text is not None and ("/" in text or text.endswith(".sqlite"))
-    if foreign and (text is None or not (is_file or Path(text).is_file())):
-        raise InputError("--foreign is for --latency with the file of a table")
-    if text is None or not (is_file or foreign):
+    named = text is not None and ("/" in text or text.endswith(".sqlite"))
+    if text is None or not (named or (foreign and Path(text).is_file())):
+        if foreign:
+            raise InputError("--foreign is for --latency with the file of a table")
         return text
     if not Path(text).is_file():
         raise InputError(f"there is no latency table {text}; make one with halp-fx profile")

@@ -194,7 +194,6 @@ METHODS: dict[str, Method] = {
         _method("joint-magnitude", "joint, without data", data=_magnitude, seeded=False),
         _method("joint-keep-blocks", "joint, no block dropped", drop_blocks=False),
         _method("joint-candidates", "joint, three powers tried", candidates=3),
-        _method("joint-best", "joint, five steps, three powers tried", candidates=3, steps=5),
         Method("joint-gradual", "joint, while training", _gradual),
         Method("joint-distilled", "joint, distilled", _ours, recovery="distilled"),
         Method("joint-plain", "joint, not distilled", _ours, recovery="plain"),
@@ -212,8 +211,8 @@ METHODS: dict[str, Method] = {
 _NAMES = list(METHODS)
 SETS: dict[str, tuple[str, ...]] = {
     "main": tuple(_NAMES[:8]),
-    "parts": ("joint", "halp", *_NAMES[8:21]),
-    "scores": ("joint", *_NAMES[21:]),
+    "parts": ("joint", "halp", *_NAMES[8:20]),
+    "scores": ("joint", *_NAMES[20:]),
 }
 
 
