@@ -52,15 +52,18 @@ def compile(
             parameters and multiply-adds besides.
         example_inputs: a tensor or a tuple, the model's positional arguments, at the batch size
             that the latency is meant for. None: one image of the size the model expects.
-        data: minibatches `(inputs, target)` to score channels by. None: channels are scored by
-            their weights alone, which is the weaker score.
-        loss: `loss(output, target)`, needed with `data`.
+        data: minibatches to score channels by: `(inputs, target)`, or inputs alone where there is
+            no `loss`. None: channels are scored by their weights alone, which is the weaker score.
+        loss: `loss(output, target)`. None: channels are scored by how much the network's outputs
+            change without them, for which no targets are needed.
         latency: what a width costs. None measures this device with PyTorch, keeping the table;
             "torch", "onnxruntime" or "analytic" name a back-end; a back-end with options, as
             `halp_fx.latency.OnnxRuntime(threads=1)`; the path of a table; a `LatencyTable`. A table
             of another device is refused: see `halp_fx.latency.resolve_backend`.
-        saliency: "fisher" (mean squares of the first-order change of the loss; the default with
-            data), "taylor" (HALP's: its mean absolute values), "taylor1.5" (between the two),
+        saliency: "fisher" (mean squares of the first-order change of the loss; the default with a
+            loss), "taylor" (HALP's: its mean absolute values), "taylor1.5" (between the two),
+            "output" (mean squares of the change of the outputs; the default with data alone;
+            "output1.75", "output1.5" and "output1" are between them and mean absolute values),
             "magnitude", or a callable that takes the `ChannelGroups` and returns group name ->
             scores (units,).
         include: only the output channels of these modules and parameters may go: a glob over
@@ -88,9 +91,10 @@ def compile(
             characters besides wildcards counts, among equals the largest value; where none
             matches, the default holds.
         candidates: try so many plans on a few batches of `data` (loss after batch norm
-            recalibration) and keep the best: with 3, by each of the three scores by gradients;
-            what is above that, or where `saliency` is not one of them, weighs the groups a little
-            differently against each other.
+            recalibration; without `loss`, the difference to the dense network's outputs) and keep
+            the best: first by the other exponents of the same changes (up to 3 of the loss, 4 of
+            the outputs); what is above that, or where `saliency` is not by data, weighs the groups
+            a little differently against each other.
         steps: prune in so many steps, of budgets that fall exponentially; between them, batch norms
             are recalibrated and the channels that are left scored anew on up to 64 minibatches of
             `data`, in a copy. Values and `plan.gap` are those of the last.

@@ -93,7 +93,7 @@ class Prepared:
                 stage("refine")
                 costs, plan = _refined(plan, scores, costs, source, self.tell, choose)
             facts: Mapping[str, Any] = {"steps": self.steps if among is not None else 1}
-            if self.candidates > 1 and self.data is not None and self.loss is not None:
+            if self.candidates > 1 and self.data is not None:
                 stage("candidates")
 
                 def exactly(by: Saliency, costs: LatencyModel) -> tuple[LatencyModel, Plan]:
@@ -197,7 +197,7 @@ class Prepared:
         self, at_once: Plan, limit: Budget
     ) -> tuple[Plan, Saliency, Sequence[IntArray] | None]:
         """The plan of the last step, the scores that it is by, and the units that were left."""
-        assert self.data is not None and self.loss is not None
+        assert self.data is not None
 
         def step(
             scores: Saliency, budget_ms: float, done: float, among: Sequence[IntArray] | None
@@ -248,13 +248,11 @@ def prepare(
     if isinstance(min_share, Mapping):
         min_share = {"*": MIN_SHARE, **min_share}
     allowed = Widths(min_share=min_share, min_width=min_width, round_to=round_to)
-    if data is not None and loss is None:
-        raise InputError("data was given without loss: pass loss=callable(output, target)")
     whole = isinstance(candidates, int) and not isinstance(candidates, bool)
     if not whole or candidates < 1 or (candidates > 1 and data is None):
         raise InputError(
             f"candidates={candidates!r}: pass a whole number of at least 1; above 1 it needs data "
-            "and loss to try the plans on"
+            "to try the plans on"
         )
     check_steps(steps, data, saliency)
     further = _latency_limits(also)

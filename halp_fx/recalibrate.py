@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from halp_fx.errors import InputError
+from halp_fx.minibatches import inputs_of
 
 __all__ = ["recalibrate"]
 
@@ -51,7 +52,7 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
             for batch in data:
                 if batches is not None and used >= batches:
                     break
-                network(*_inputs(batch, device))
+                network(*inputs_of(batch, device))
                 used += 1
         if used == 0:
             raise InputError("data has no batches: pass at least one (inputs, target)")
@@ -65,10 +66,3 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
         for module, training in modes.items():
             module.training = training
     return used
-
-
-def _inputs(batch: Any, device: torch.device) -> tuple[Any, ...]:
-    """The inputs of a batch `(inputs, target)`, or of one that is a tensor of inputs."""
-    given = batch[0] if isinstance(batch, (tuple, list)) else batch
-    items = tuple(given) if isinstance(given, (tuple, list)) else (given,)
-    return tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in items)

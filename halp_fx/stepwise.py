@@ -11,7 +11,7 @@ import torch
 
 from halp_fx.errors import InputError
 from halp_fx.passes.rewrite import rewrite
-from halp_fx.passes.saliency import BY_GRADIENTS, score_survivors
+from halp_fx.passes.saliency import BY_DATA, score_survivors
 from halp_fx.recalibrate import recalibrate
 from halp_fx.types import ChannelGroups, IntArray, LatencyModel, Plan, Saliency
 
@@ -37,13 +37,13 @@ def check_steps(steps: int, data: Any, saliency: Any) -> None:
     Raises:
         InputError: it is no whole number from 1, or there is nothing to score anew by.
     """
-    own = saliency is not None and saliency not in tuple(BY_GRADIENTS)
+    own = saliency is not None and saliency not in BY_DATA
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps is {steps!r}: pass a whole number of at least 1")
     if steps > 1 and (own or data is None):
         raise InputError(
             f"steps={steps}: between steps channels are scored anew by gradients; pass data and "
-            "loss and leave saliency out, or steps=1"
+            "leave saliency out, or steps=1"
         )
     if steps > 1 and isinstance(data, Iterator):
         raise InputError(
@@ -68,7 +68,7 @@ def narrowed(
     budget_ms: float,
     choose: ChooseAmong,
     data: Iterable[Any],
-    loss: Callable[[Any, Any], torch.Tensor],
+    loss: Callable[[Any, Any], torch.Tensor] | None,
     tell: Callable[[int, int], None],
 ) -> tuple[tuple[IntArray, ...], Saliency]:
     """All steps but the last.

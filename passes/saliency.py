@@ -1,6 +1,6 @@
 """saliency: what each unit of each group is worth.
 
-Requires: `ChannelGroups`; data and a loss for scores by gradients.
+Requires: `ChannelGroups`; data for scores by gradients, and a loss or outputs that have a gradient.
 Ensures: one finite score of at least 0 a unit, in each group some above 0; the model, its
 gradients, its modes and the global random state are as before.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,29 @@ import torch
 from torch import fx, nn
 
 from halp_fx.errors import InputError, SaliencyError
+from halp_fx.minibatches import float_tensors, inputs_of
 from halp_fx.passes.rules.structure import named_tensors
 from halp_fx.types import ChannelGroups, FloatArray, Group, Plan, Saliency
 
-__all__ = ["BY_GRADIENTS", "DEFAULT", "score", "score_survivors"]
+__all__ = [
+    "BY_DATA",
+    "BY_LOSS",
+    "BY_OUTPUTS",
+    "DEFAULT_LOSS",
+    "DEFAULT_OUTPUTS",
+    "default_method",
+    "score",
+    "score_survivors",
+]
 
-# Method -> the exponent of a minibatch's first-order change.
-BY_GRADIENTS = {"fisher": 2.0, "taylor1.5": 1.5, "taylor": 1.0}
-_METHODS = (*BY_GRADIENTS, "magnitude")
-DEFAULT = "fisher"  # with data
+# Method -> the exponent of a minibatch's first-order change of the loss.
+BY_LOSS = {"fisher": 2.0, "taylor1.5": 1.5, "taylor": 1.0}
+# Method -> the exponent of that of the outputs.
+BY_OUTPUTS = {"output": 2.0, "output1.5": 1.5, "output1.75": 1.75, "output1": 1.0}
+BY_DATA = (*BY_OUTPUTS, *BY_LOSS)
+_METHODS = (*BY_DATA, "magnitude")
+DEFAULT_LOSS, DEFAULT_OUTPUTS = "fisher", "output"
+_SIGNS = 4  # random projections of the outputs of a minibatch
 
 _FEW = 4  # units below which a group may be worth nothing: a few dead channels are common
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -42,34 +56,47 @@ def score(
 ) -> Saliency:
     """Score every unit.
 
-    With data and loss, the first-order change of the loss when a unit goes is taken for each
-    minibatch: `t = sum over the coupled layers of gamma * dgamma + beta * dbeta` on batch norm,
-    or `t = sum of W * dW` over the filters that make the channel where there is none.
+    With data, a first-order change `t` is taken for each minibatch when a unit goes: `t = sum over
+    the coupled layers of gamma * dgamma + beta * dbeta` on batch norm, or `t = sum of W * dW` over
+    the filters that make the channel where there is none.
 
-    - "fisher", the default: the mean of `t ** 2` (Molchanov et al., CVPR 2019, equation 8; of
-      coupled channels Liu et al., *Group Fisher Pruning*, ICML 2021). Half of it is the
-      second-order change near a minimum, with the Fisher information of minibatches for the
-      Hessian.
+    Of the loss:
+
+    - "fisher", the default with a loss: the mean of `t ** 2` (Molchanov et al., CVPR 2019,
+      equation 8; of coupled channels Liu et al., *Group Fisher Pruning*, ICML 2021). Half of it
+      is the second-order change near a minimum, with the Fisher information of minibatches for
+      the Hessian.
     - "taylor", HALP's (NeurIPS 2022, section 3.1): the mean of `|t|`.
     - "taylor1.5": the mean of `|t| ** 1.5`, between the two.
 
+    Of the outputs, which needs neither targets nor loss:
+
+    - "output", the default without a loss: the mean of `t ** 2`, `t` being the change of a
+      projection of all outputs on random signs, drawn anew for each image. Its expectation is the
+      squared change of the outputs (Hutchinson, 1990). Several outputs count alike, each relative
+      to its root mean square. Of a network that has learnt its training images by heart, the loss
+      has hardly a gradient left there; its outputs do.
+    - "output1.75", "output1.5", "output1": those means to the power of 0.875, 0.75, 0.5.
+
     All rank the channels of a group much alike. The exponent says how much many small channels
     count against a few large ones of another group, and which is best differs between networks.
+    `Saliency.others` has the same minibatches by other exponents.
 
     Minibatches whose scores are not finite are left out, group by group.
 
     Without data: the L2 norm of the filters, scaled by the batch norm that follows, relative to
-    the mean of the group. It needs no data and is the weaker score.
+    the mean of the group. It is the weaker score.
 
     Args:
-        data: minibatches `(inputs, target)`; inputs a tensor or a tuple.
+        data: minibatches `(inputs, target)`, or inputs alone where there is no loss; inputs a
+            tensor or a tuple.
         loss: `loss(output, target)` -> scalar tensor.
-        method: "fisher", "taylor1.5", "taylor", "magnitude", or a callable that takes the groups
-            and returns a dict (group name -> scores) or a list of arrays, one (units,) a group.
-            None: "fisher" with data, else "magnitude".
+        method: one of these names, "magnitude", or a callable that takes the groups and returns
+            a dict (group name -> scores) or a list of arrays, one (units,) a group. None: "fisher"
+            with a loss, "output" with data alone, else "magnitude".
 
     Raises:
-        InputError: data without loss, a loss that gives no gradient, a wrong batch.
+        InputError: a loss that is missing or gives no gradient, a wrong batch.
         SaliencyError: scores that are not finite, or all zero in a group.
     """
     if callable(method):
@@ -80,17 +107,22 @@ def score(
             f"saliency={method!r} is not known: pass {', '.join(map(repr, _METHODS))}, a callable "
             "or None"
         )
-    if data is not None and loss is None:
-        raise InputError("data was given without loss: pass loss=callable(output, target)")
-    if method in BY_GRADIENTS and data is None:
-        raise InputError(f"the saliency {method!r} needs data and loss: pass both, or 'magnitude'")
+    if method in BY_DATA and data is None:
+        needs = "data" if method in BY_OUTPUTS else "data and loss"
+        raise InputError(f"the saliency {method!r} needs {needs}: pass them, or 'magnitude'")
+    if method in BY_LOSS and loss is None:
+        raise InputError(
+            f"the saliency {method!r} needs a loss: pass loss=callable(output, target), or "
+            f"saliency={DEFAULT_OUTPUTS!r}, which needs none"
+        )
     if data is None or method == "magnitude":
         return _checked(groups, _magnitude(groups), "magnitude", True)
-    assert loss is not None
+    method = method or default_method(loss)
     module = _private_copy(groups.traced.module)
     sources = [_scored_members(groups, g, module) for g in groups.groups]
-    found = _by_gradients(groups, module, sources, data, loss, progress)
-    chosen = _checked(groups, found.pop(method or DEFAULT), method or DEFAULT, False)
+    probe = _probe(method, loss)
+    found = _by_gradients(groups, module, sources, data, probe, progress)
+    chosen = _checked(groups, found.pop(method), method, False)
     return replace(chosen, others={name: tuple(scores) for name, scores in found.items()})
 
 
@@ -98,7 +130,7 @@ def score_survivors(
     network: fx.GraphModule,
     plan: Plan,
     data: Iterable[Any],
-    loss: Loss,
+    loss: Loss | None,
     method: str | None = None,
 ) -> Saliency:
     """Score the units that are left in a pruned network, as `score` does with data.
@@ -106,7 +138,7 @@ def score_survivors(
     Args:
         network: what the plan was rewritten to; it is left as it is.
         plan: its groups are those of the dense network.
-        method: "fisher", "taylor1.5" or "taylor"; None: "fisher".
+        method: one of those by data; None: as for `score`.
 
     Returns:
         One array a group over the units of the dense network: 0 for those that are gone.
@@ -129,7 +161,8 @@ def score_survivors(
             members.append((name, dim, place))
         sources.append(members)
     counts = [len(units) for units in plan.units]
-    found = _by_gradients(groups, module, sources, data, loss, None, counts)
+    method = method or default_method(loss)
+    found = _by_gradients(groups, module, sources, data, _probe(method, loss), None, counts)
 
     def of_all(scores: Sequence[FloatArray]) -> tuple[FloatArray, ...]:
         whole = tuple(np.zeros(n) for n in groups.dense_units)
@@ -137,11 +170,34 @@ def score_survivors(
             full[units] = own
         return whole
 
-    scores = of_all(found.pop(method or DEFAULT))
+    scores = of_all(found.pop(method))
     if not any(full.any() for full in scores):
         raise SaliencyError("the saliency of the pruned network is zero for every unit")
     others = {name: of_all(other) for name, other in found.items()}
-    return Saliency(scores, method or DEFAULT, False, others)
+    return Saliency(scores, method, False, others)
+
+
+def default_method(loss: Loss | None) -> str:
+    """How channels are scored by data where nothing is said."""
+    return DEFAULT_OUTPUTS if loss is None else DEFAULT_LOSS
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """What is differentiated, and what is made of its first-order changes."""
+
+    scalars: Callable[[Any, Any], list[torch.Tensor]]  # of output and target
+    power: float | None  # of changes, before the mean; None: that of each method
+    powers: Mapping[str, float]  # method -> exponent in all
+    needs_target: bool
+
+
+def _probe(method: str, loss: Loss | None) -> _Probe:
+    if method in BY_OUTPUTS:
+        # Signs are random: only the mean squares of their projections say something.
+        return _Probe(_projections(), 2.0, BY_OUTPUTS, needs_target=False)
+    assert loss is not None
+    return _Probe(_of_loss(loss), None, BY_LOSS, needs_target=True)
 
 
 def _by_gradients(
@@ -149,7 +205,7 @@ def _by_gradients(
     module: fx.GraphModule,
     sources: Sequence[_Sources],
     data: Iterable[Any],
-    loss: Loss,
+    probe: _Probe,
     progress: Progress | None,
     units: Sequence[int] | None = None,
 ) -> dict[str, list[FloatArray]]:
@@ -160,26 +216,32 @@ def _by_gradients(
     wanted = {id(tensors[name]) for members in sources for name, *_ in members}
     for tensor in tensors.values():
         tensor.requires_grad_(id(tensor) in wanted and tensor.is_floating_point())
-    totals = {method: [np.zeros(n) for n in units] for method in BY_GRADIENTS}
+    # Exponent -> sums of the changes, one array a group.
+    totals = {
+        power: [np.zeros(n) for n in units]
+        for power in (probe.powers.values() if probe.power is None else (probe.power,))
+    }
     used = [0] * len(sources)
     batches = 0
     total = len(data) if hasattr(data, "__len__") else 0  # type: ignore[arg-type]
     if not isinstance(data, Iterable):
         raise InputError(f"data must be an iterable of (inputs, target), not {type(data).__name__}")
     for batch in data:
-        _backward(module, batch, loss)
+        values = _forward(module, batch, probe)
+        for left, value in zip(range(len(values) - 1, -1, -1), values, strict=True):
+            value.backward(retain_graph=left > 0)
+            for i, members in enumerate(sources):
+                change = np.zeros(units[i])
+                for name, dim, index in members:
+                    change += _sum_of_products(tensors[name], dim, index)
+                change = np.abs(change)
+                if np.isfinite(change**2).all():
+                    for power, sums in totals.items():
+                        sums[i] += change**power
+                    used[i] += 1
+            for tensor in tensors.values():
+                tensor.grad = None
         batches += 1
-        for i, members in enumerate(sources):
-            change = np.zeros(units[i])
-            for name, dim, index in members:
-                change += _sum_of_products(tensors[name], dim, index)
-            change = np.abs(change)
-            if np.isfinite(change**2).all():
-                for method, power in BY_GRADIENTS.items():
-                    totals[method][i] += change**power
-                used[i] += 1
-        for tensor in tensors.values():
-            tensor.grad = None
         if progress is not None:
             progress(batches, max(total, batches))
     if batches == 0:
@@ -190,8 +252,14 @@ def _by_gradients(
                 f"the saliency of group {group.name!r} is not finite in any of {batches} "
                 "batches: check the data and the loss for NaN or infinity"
             )
+    means = {
+        power: [t / n for t, n in zip(sums, used, strict=True)] for power, sums in totals.items()
+    }
+    if probe.power is None:
+        return {method: means[power] for method, power in probe.powers.items()}
     return {
-        method: [t / n for t, n in zip(sums, used, strict=True)] for method, sums in totals.items()
+        method: [mean ** (power / probe.power) for mean in means[probe.power]]
+        for method, power in probe.powers.items()
     }
 
 
@@ -207,28 +275,60 @@ def _private_copy(module: fx.GraphModule) -> fx.GraphModule:
     return private.eval()
 
 
-def _backward(module: fx.GraphModule, batch: Any, loss: Loss) -> None:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+def _forward(module: fx.GraphModule, batch: Any, probe: _Probe) -> list[torch.Tensor]:
+    """The scalars of a probe for one minibatch."""
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    if probe.needs_target and not pair:
         raise InputError(
             f"a batch of data must be a pair (inputs, target), not {type(batch).__name__}"
         )
-    inputs, target = batch
-    given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    given = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in given)
+    target = batch[1] if pair else None
     if isinstance(target, torch.Tensor):
         target = target.to(device)
     with torch.enable_grad():
-        value = loss(module(*given), target)
-    if not isinstance(value, torch.Tensor) or value.numel() != 1:
-        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise InputError(f"loss must return a scalar tensor, not {shape}")
-    if not value.requires_grad:
-        raise InputError(
-            "the loss gives no gradient: it must depend on the network's output through "
-            "differentiable operations (no argmax, no .detach(), no .item())"
-        )
-    value.backward()
+        return list(probe.scalars(module(*inputs_of(batch, device)), target))
+
+
+def _of_loss(loss: Loss) -> Callable[[Any, Any], list[torch.Tensor]]:
+    def scalars(output: Any, target: Any) -> list[torch.Tensor]:
+        value = loss(output, target)
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise InputError(f"loss must return a scalar tensor, not {shape}")
+        if not value.requires_grad:
+            raise InputError(
+                "the loss gives no gradient: it must depend on the network's output through "
+                "differentiable operations (no argmax, no .detach(), no .item())"
+            )
+        return [value]
+
+    return scalars
+
+
+def _projections() -> Callable[[Any, Any], list[torch.Tensor]]:
+    """The outputs on random signs, which are the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def scalars(output: Any, target: Any) -> list[torch.Tensor]:
+        del target
+        tensors = [t for t in float_tensors(output) if t.requires_grad and t.numel()]
+        if not tensors:
+            raise InputError(
+                "no output of the network has a gradient: pass a loss, or saliency='magnitude'"
+            )
+        values = []
+        for _ in range(_SIGNS):
+            value = torch.zeros((), device=tensors[0].device)
+            for tensor in tensors:
+                signs = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
+                scale = tensor.detach().float().square().mean().sqrt() * tensor.numel() ** 0.5
+                signed = (tensor.float() * signs.to(tensor.device)).sum()
+                value = value + signed.to(value.device) / scale.clamp_min(1e-12).to(value.device)
+            values.append(value)
+        return values
+
+    return scalars
 
 
 def _scored_members(groups: ChannelGroups, group: Group, module: fx.GraphModule) -> _Sources:

@@ -177,10 +177,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "example_inputs must be a tensor or a tuple, not dict",
     ),
     "no inputs": ({"example_inputs": ()}, InputError, "example_inputs is empty"),
-    "data without loss": (
-        {"data": batches()},
+    "taylor without loss": (
+        {"data": batches(), "saliency": "taylor"},
         InputError,
-        r"data was given without loss: pass loss=callable\(output, target\)",
+        r"'taylor' needs a loss: pass loss=callable\(output, target\), or saliency='output'",
     ),
     "taylor without data": (
         {"saliency": "taylor"},
@@ -190,7 +190,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown saliency": (
         {"saliency": "entropy"},
         InputError,
-        "saliency='entropy' is not known: pass 'fisher', 'taylor1.5', 'taylor', 'magnitude'",
+        "saliency='entropy' is not known: pass 'output', .*'fisher', 'taylor1.5', 'taylor', 'magn",
     ),
     "loss without a gradient: argmax": (
         {"data": batches(), "loss": lambda output, target: output.argmax(1).float().mean()},

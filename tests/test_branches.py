@@ -192,6 +192,24 @@ def test_candidates_are_by_other_powers_first() -> None:
     )
 
 
+def test_candidates_without_a_loss_keep_the_outputs_nearest_to_the_dense_network() -> None:
+    model, x = network()
+    inputs = [a for a, _ in batches()]
+    with oracle.snapshot(model):
+        pruned = halp_fx.compile(model, 0.5, x, data=inputs, latency="analytic", candidates=5)
+    plan = halp_fx.plan_of(pruned)
+    losses = plan.report["candidate_losses"]
+    assert len(losses) == 5 and losses[plan.report["candidate"]] == min(losses)
+    names = ("output", "output1.5", "output1.75", "output1", "output, groups perturbed")
+    assert plan.report["saliency"] == names[plan.report["candidate"]]
+    oracle.assert_exact(model, pruned, (x,))
+    halp_fx.recalibrate(pruned.eval(), inputs[:8])
+    dense = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        shares = [(pruned(a) - dense(a)).square().sum() / dense(a).square().sum() for a in inputs]
+    assert float(torch.stack(shares[:8]).mean()) == pytest.approx(min(losses), rel=1e-3)
+
+
 @pytest.mark.parametrize("candidates", [0, -1, 2.5, 3])
 def test_candidates_need_data(candidates: Any) -> None:
     model, x = network()

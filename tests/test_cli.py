@@ -6,8 +6,10 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -286,6 +288,40 @@ def test_prune_refuses_wrong_options(tmp_path: Path) -> None:
     assert "solver is 'best'" in refused(*fixed, "-b", 0.5, "--solver", "best")
     assert "params of the budget is -1.0" in refused(*fixed, "--params=-1")
     assert "min_share is 2.0" in refused(*fixed, "-b", 0.5, "--min-share", 2)
+
+
+def test_prune_scores_by_samples(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).random((40, 3, 16, 16))
+    np.save(tmp_path / "one.npy", images)
+    np.savez(tmp_path / "named.npz", images=images)
+    fixed = ("prune", NET, "-b", 0.5, "--latency", "analytic", "--no-onnx", "-o", tmp_path)
+    for name in ("one.npy", "named.npz"):
+        more = ("--samples", tmp_path / name, "--candidates", 2, "--steps", 2)
+        assert "channels scored by" in ok(*fixed, *more)
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["saliency"] in ("output", "output1.5")
+        assert report["data_free"] is False
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (None, "can't be read"),
+        ({}, "has no arrays"),
+        ({"a": np.zeros(()), "b": np.zeros(2)}, r"has (), (2,): give N samples of each input"),
+        ({"a": np.zeros((2, 3)), "b": np.zeros((3, 3))}, "has (2, 3), (3, 3): give N samples"),
+    ],
+)
+def test_samples_that_are_none(arrays: Any, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "samples.npz"
+    if arrays is not None:
+        np.savez(file, **arrays)
+    fixed = ("prune", NET, "-b", 0.5, "--latency", "analytic", "-o", tmp_path / "out")
+    assert message in refused(*fixed, "--samples", file)
+    file.write_text("1, 2, 3")
+    assert "no .npy or .npz file of plain arrays" in refused(*fixed, "--samples", file)
+    assert "give --samples FILE" in refused(*fixed, "--candidates", 2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_prune_exports_onnx(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -49,6 +50,25 @@ def test_an_ssd_is_pruned_and_put_back(shape: list[str], tmp_path: Path) -> None
     given = images((64, 64))
     core = halp_fx.load(tmp_path / "model.safetensors")
     assert_same_detections(dense, halp_fx.restore_core(dense, core, given), given)
+
+
+def test_a_whole_detector_takes_no_samples(tmp_path: Path) -> None:
+    np.save(tmp_path / "samples.npy", np.zeros((2, 3, 64, 64)))
+    result = CliRunner().invoke(
+        app,
+        [
+            "prune",
+            SSD,
+            "-b",
+            "0.6",
+            "--samples",
+            str(tmp_path / "samples.npy"),
+            "-o",
+            str(tmp_path),
+        ],
+    )
+    assert result.exit_code == 2
+    assert "--samples is not for a whole detector" in result.stderr
 
 
 def test_a_detector_in_parts_has_no_onnx_file(tmp_path: Path) -> None:

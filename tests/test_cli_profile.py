@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -258,6 +259,14 @@ def test_sweep(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "out" / "sweep.svg").read_text(encoding="utf-8")
     small = halp_fx.load(tmp_path / "out" / "0.5.safetensors")
     assert small(torch.randn(2, 3, 8, 8)).shape == (2, 4)
+
+
+def test_a_sweep_by_samples(tmp_path: Path) -> None:
+    np.save(tmp_path / "samples.npy", np.random.default_rng(0).random((8, 3, 8, 8)))
+    ok("sweep", SMALL, "--budgets", "0.5", "--latency", "analytic", "--save",
+       "--samples", tmp_path / "samples.npy", "-o", tmp_path / "out")  # fmt: skip
+    small = halp_fx.load(tmp_path / "out" / "0.5.safetensors")
+    assert halp_fx.plan_of(small).report["saliency"] == "output"
 
 
 def test_a_sweep_traces_and_scores_once(tmp_path: Path) -> None:

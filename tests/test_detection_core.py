@@ -278,7 +278,8 @@ def test_mistakes_with_functions_are_named() -> None:
         (["encoder", "encoder.stem"], {}, r"'encoder' and \['encoder.stem'\] inside of it"),
         ("encoder", {"put_back": print}, "put_back is for a core that is a function"),
         ("encoder", {"candidates": 4}, "candidates=4 is not known"),
-        ("encoder", {"data": []}, "data was given without loss"),
+        ("encoder", {"data": []}, "data was given without loss, which the core of a model needs"),
+        ("encoder", {"saliency": "output"}, "saliency='output' is not known for the core"),
         ("tail", {}, r"has no channel that can be removed"),
     ],
 )

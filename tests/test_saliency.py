@@ -206,6 +206,72 @@ def test_data_may_be_a_generator_and_inputs_a_tuple() -> None:
     assert found.method == "fisher"
 
 
+def squared_changes(model: TwoLayers, inputs: Tensor) -> Tensor:
+    """For each channel, the squared first-order change of each logit, summed over all of them."""
+    total = torch.zeros(8, dtype=torch.float64)
+    gamma, beta = model.norm.weight, model.norm.bias
+    for image in inputs:
+        for logit in model(image[None])[0]:
+            dgamma, dbeta = torch.autograd.grad(logit, (gamma, beta), retain_graph=True)
+            total += (gamma * dgamma + beta * dbeta).detach().square()
+    return total
+
+
+def test_scores_by_outputs_are_the_squared_change_of_the_outputs() -> None:
+    model, (batch, _) = make(), batches(2)
+    groups = find_groups(trace(model, batch[0]))
+    found = score(groups, [batch[0]] * 400)  # a mean over random signs
+    squares = model(batch[0]).detach().square().sum()
+    expected = (squared_changes(model, batch[0]) / squares).numpy()
+    np.testing.assert_allclose(by_name(groups, found)["conv"], expected, rtol=0.15)
+    assert (found.method, found.data_free) == ("output", False)
+    again = score(groups, [batch] * 400, method="output")  # targets are not looked at
+    np.testing.assert_array_equal(found.scores[0], again.scores[0])
+
+
+def test_other_exponents_of_the_scores_by_outputs() -> None:
+    model, data = make(), batches(3)
+    groups = find_groups(trace(model, data[0][0]))
+    found = score(groups, data)
+    assert list(found.others) == ["output1.5", "output1.75", "output1"]
+    for name, exponent in (("output1.5", 0.75), ("output1", 0.5), ("output1.75", 0.875)):
+        np.testing.assert_allclose(found.others[name][0], found.scores[0] ** exponent)
+        alone = score(groups, data, F.cross_entropy, name)
+        assert alone.method == name
+        np.testing.assert_array_equal(alone.scores[0], found.others[name][0])
+
+
+class TwoOutputs(nn.Module):
+    """A large output by one half of the channels, a small one by the other, and whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1, bias=False)
+        self.large, self.small = nn.Linear(4, 5, bias=False), nn.Linear(4, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.conv(x).mean((2, 3))
+        one, two = 1e4 * self.large(x[:, :4]), self.small(x[:, 4:])
+        return {"large": one, "rest": [two, two.argmax(1)]}
+
+
+def test_outputs_count_alike_however_large_they_are() -> None:
+    torch.manual_seed(0)
+    model = TwoOutputs().double().eval()
+    inputs = batches(1)[0][0]
+    of_large, of_small = score(find_groups(trace(model, inputs)), [inputs] * 50).scores
+    assert 0.05 < of_large.sum() / of_small.sum() < 20
+
+
+def test_outputs_without_a_gradient_are_refused() -> None:
+    class Decides(TwoLayers):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x).argmax(1)
+
+    with pytest.raises(InputError, match="no output of the network has a gradient: pass a loss"):
+        score(groups_of(Decides()), [torch.rand(2, 3, 6, 6)])
+
+
 def test_magnitude_by_hand() -> None:
     """L2 norm of the filters, times the folded batch norm, relative to the group's mean."""
     model = make()
@@ -264,10 +330,15 @@ def test_dead_groups_are_refused_small_ones_are_not() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": []}, "data was given without loss"),
+        ({"data": [], "method": "fisher"}, "'fisher' needs a loss: pass loss=.*'output', which"),
+        ({"data": []}, "data has no batches"),
+        ({"method": "output"}, "the saliency 'output' needs data: pass"),
         ({"method": "taylor"}, "needs data and loss"),
         ({"method": "fisher"}, "needs data and loss"),
-        ({"method": "entropy"}, "'entropy' is not known: pass 'fisher', 'taylor1.5', 'taylor'"),
+        (
+            {"method": "entropy"},
+            "'entropy' is not known: pass 'output', .*'fisher', 'taylor1.5', 'taylor'",
+        ),
         ({"data": [], "loss": F.cross_entropy}, "data has no batches"),
         ({"data": ["a"], "loss": F.cross_entropy}, "must be a pair .inputs, target., not str"),
         ({"data": [(1, 2, 3)], "loss": F.cross_entropy}, "must be a pair"),

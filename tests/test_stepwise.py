@@ -282,7 +282,7 @@ def _stream() -> Iterator[Any]:
         ({"steps": 0}, "steps is 0: pass a whole number of at least 1"),
         ({"steps": True}, "steps is True"),
         ({"steps": 2.0}, "steps is 2.0"),
-        ({"steps": 2, "data": None, "loss": None}, "pass data and loss and leave saliency out"),
+        ({"steps": 2, "data": None, "loss": None}, "pass data and leave saliency out"),
         ({"steps": 2, "saliency": "magnitude"}, "leave saliency out"),
         ({"steps": 2, "saliency": lambda groups: []}, "leave saliency out"),
         ({"steps": 2, "data": _stream()}, "an iterator that is used up after one look"),

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from halp_fx._version import __version__
+from halp_fx.detection import is_detector
 from halp_fx.errors import InputError
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.trace import trace
@@ -24,12 +25,16 @@ from halp_fx.tools.experiments import cli as experiments_cli
 from halp_fx.tools.models import parse_input
 from halp_fx.tools.options import (
     BatchOption,
+    CandidatesOption,
     ForeignOption,
     InputOption,
     LatencyOption,
     ModelArgument,
     PretrainedOption,
+    SamplesOption,
+    StepsOption,
     WeightsOption,
+    by_samples,
     load,
 )
 
@@ -161,7 +166,7 @@ def groups(
     "halp-fx prune torchvision:resnet50 --budget 0.6 --params 0.5 --exclude conv1 --round-to 16 "
     "-o out/\n\n"
     "halp-fx prune my_package.nets:make --weights net.safetensors --budget 0.6 "
-    "--latency analytic -o out/"
+    "--samples images.npy --latency analytic -o out/"
 )
 def prune(
     model: ModelArgument,
@@ -222,6 +227,9 @@ def prune(
     solver: Annotated[
         str, typer.Option("--solver", help="joint, or to compare with: halp, greedy, uniform.")
     ] = "joint",
+    samples: SamplesOption = None,
+    candidates: CandidatesOption = 1,
+    steps: StepsOption = 1,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="DIR", help="Folder for what is written."),
@@ -235,16 +243,22 @@ def prune(
     shapes: InputOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Prunes a network without data; leaves weights, ONNX file and report in a folder.
+    """Prunes a network; leaves weights, ONNX file and report in a folder.
 
-    With data, call halp_fx.compile from Python: the saliency is better, and you can fine-tune.
+    To score channels by a loss, or to fine-tune, call halp_fx.compile from Python.
     """
     del debug
     limit = pruner.budget_of(budget, params=params, macs=macs, memory=memory)
     source = pruner.latency_of(latency, foreign)
+    by_data = by_samples(samples, candidates, steps)
     network, example = load(
         model, shapes, batch=batch, pretrained=pretrained, weights=weights, whole=True
     )
+    if by_data and is_detector(network):
+        raise InputError(
+            "--samples is not for a whole detector, which is scored by its losses: call "
+            "halp_fx.compile from Python with data, or leave it out"
+        )
     if not pretrained and weights is None and model.startswith(("torchvision:", "timm:")):
         err().print("[yellow]note: random weights; give --pretrained or --weights FILE[/]")
     options = {
@@ -254,6 +268,7 @@ def prune(
         "min_width": min_width,
         "round_to": round_to,
         "solver": solver,
+        **by_data,
     }
     pruner.prune(network, limit, example, output, latency=source, onnx=onnx, options=options)
 

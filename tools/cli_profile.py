@@ -17,12 +17,16 @@ from halp_fx.tools import sweep as sweeper
 from halp_fx.tools.console import DebugOption, err, out, progress_bars
 from halp_fx.tools.options import (
     BatchOption,
+    CandidatesOption,
     ForeignOption,
     InputOption,
     LatencyOption,
     ModelArgument,
     PretrainedOption,
+    SamplesOption,
+    StepsOption,
     WeightsOption,
+    by_samples,
     load,
 )
 from halp_fx.tools.prune import latency_of
@@ -202,6 +206,9 @@ def sweep(
     solver: Annotated[
         str, typer.Option("--solver", help="joint, or to compare with: halp, greedy, uniform.")
     ] = "joint",
+    samples: SamplesOption = None,
+    candidates: CandidatesOption = 1,
+    steps: StepsOption = 1,
     save: Annotated[bool, typer.Option("--save", help="Also keep each network.")] = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for what is written.")
@@ -216,6 +223,7 @@ def sweep(
     del debug
     asked = sweeper.parse_budgets(budgets)
     source = latency_of(latency, foreign)
+    by_data = by_samples(samples, candidates, steps)
     network, example = load(model, shapes, batch=batch, pretrained=pretrained, weights=weights)
     with progress_bars() as progress:
         points = sweeper.sweep(
@@ -225,7 +233,7 @@ def sweep(
             output,
             save=save,
             progress=progress,
-            options={"latency": source, "solver": solver},
+            options={"latency": source, "solver": solver, **by_data},
         )
     out().print(sweeper.point_table(points))
     for point in points:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 
@@ -16,14 +18,20 @@ from halp_fx.tools.models import load_model, parse_input
 
 __all__ = [
     "BatchOption",
+    "CandidatesOption",
     "ForeignOption",
     "InputOption",
     "LatencyOption",
     "ModelArgument",
     "PretrainedOption",
+    "SamplesOption",
+    "StepsOption",
     "WeightsOption",
+    "by_samples",
     "load",
 ]
+
+_MINIBATCH = 32
 
 ModelArgument = Annotated[
     str,
@@ -63,6 +71,28 @@ ForeignOption = Annotated[
 PretrainedOption = Annotated[
     bool, typer.Option("--pretrained", help="Load trained weights (torchvision, timm).")
 ]
+SamplesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--samples",
+        metavar="FILE",
+        help="Inputs, without labels, as the network takes them: an array (N, ...) in a .npy "
+        "file, or one for each input, in order, in a .npz file. Channels are scored by what the "
+        "outputs lose without them. Default: by their weights alone.",
+    ),
+]
+CandidatesOption = Annotated[
+    int,
+    typer.Option(
+        "--candidates", min=1, help="With --samples: try so many plans on them, keep the best."
+    ),
+]
+StepsOption = Annotated[
+    int,
+    typer.Option(
+        "--steps", min=1, help="With --samples: prune in so many steps, scoring anew in between."
+    ),
+]
 WeightsOption = Annotated[
     Path | None,
     typer.Option("--weights", metavar="FILE", help="A safetensors file with the state_dict."),
@@ -96,6 +126,42 @@ def load(
     if batch is not None:
         example = _of_batch(trace(network, example).example_inputs, batch)
     return network, example
+
+
+def by_samples(path: Path | None, candidates: int, steps: int) -> dict[str, Any]:
+    """Arguments of `halp_fx.compile` for scores by the samples of a file.
+
+    Raises:
+        InputError: the file is missing or has no arrays of as many samples, or there is none
+            though `candidates` or `steps` need one.
+    """
+    if path is None:
+        if candidates > 1 or steps > 1:
+            raise InputError("--candidates and --steps try plans on samples: give --samples FILE")
+        return {}
+    return {"data": _minibatches(path), "candidates": candidates, "steps": steps}
+
+
+def _minibatches(path: Path) -> list[Any]:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        found = [loaded]
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            with loaded:
+                found = [loaded[name] for name in loaded.files]
+    except OSError as error:
+        raise InputError(f"--samples {path} can't be read: {error.strerror or error}") from error
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"--samples {path} is no .npy or .npz file of plain arrays") from error
+    counts = {len(array) if array.ndim else 0 for array in found}
+    if len(counts) != 1 or counts == {0}:
+        shapes = ", ".join(str(array.shape) for array in found) or "no arrays"
+        raise InputError(f"--samples {path} has {shapes}: give N samples of each input, (N, ...)")
+    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in found]
+    floats = [t.float() if t.is_floating_point() else t for t in tensors]
+    parts = zip(*(t.split(_MINIBATCH) for t in floats), strict=True)
+    # A pair: inputs, and no target.
+    return [(inputs, None) for inputs in parts]
 
 
 def _tensor_part(detector: Any, images: list[torch.Tensor]) -> tuple[Any, Any]:

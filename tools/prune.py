@@ -53,7 +53,7 @@ def prune(
     onnx: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Prunes `model` without data and leaves what came out in `directory`.
+    """Prunes `model` and leaves what came out in `directory`.
 
     Writes `model.safetensors`, `model.onnx` (unless `onnx` is False), `report.md`, `report.json`.
     Of a detector the files hold the tensor part, which `halp_fx.restore_core` puts back; where

@@ -16,7 +16,7 @@ from halp_fx.cores.put_back import put_back
 from halp_fx.cores.whole import scores_of_whole
 from halp_fx.errors import InputError
 from halp_fx.latency import Stored, resolve_backend
-from halp_fx.passes.saliency import BY_GRADIENTS
+from halp_fx.passes.saliency import BY_LOSS, BY_OUTPUTS
 from halp_fx.types import Plan
 
 __all__ = ["Compile", "prune_parts", "with_outside"]
@@ -52,8 +52,16 @@ def prune_parts(
     """
     refuse_trials(options)
     if data is not None and loss is None:
-        raise InputError("data was given without loss: pass loss=callable(output, target)")
-    if data is not None and loss is not None and saliency in (None, *BY_GRADIENTS):
+        raise InputError(
+            "data was given without loss, which the core of a model needs: pass "
+            "loss=callable(output, target)"
+        )
+    if isinstance(saliency, str) and saliency in BY_OUTPUTS:
+        raise InputError(
+            f"saliency={saliency!r} is not known for the core of a model, whose own output is no "
+            "tensor to differentiate: leave it out, or pass 'fisher', 'taylor1.5' or 'taylor'"
+        )
+    if data is not None and loss is not None and saliency in (None, *BY_LOSS):
         saliency = scores_of_whole(model if scored is None else scored, data, loss, saliency)
     core = compile(
         assemble(model, calls, flow, len(inputs)), budget, inputs,

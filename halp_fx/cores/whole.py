@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from halp_fx.passes.saliency import DEFAULT, score
+from halp_fx.passes.saliency import default_method, score
 from halp_fx.types import ChannelGroups, FloatArray
 
 __all__ = ["scores_of_whole"]
@@ -34,5 +34,5 @@ def scores_of_whole(
         traced = replace(groups.traced, module=whole)
         return list(score(replace(groups, traced=traced), data, loss, method).scores)
 
-    scores.__name__ = method or DEFAULT  # for the report
+    scores.__name__ = method or default_method(loss)  # for the report
     return scores

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from halp_fx.errors import InputError
-from halp_fx.passes.saliency import BY_GRADIENTS
+from halp_fx.passes.saliency import BY_LOSS
 
 __all__ = [
     "Optimizers",
@@ -47,7 +47,7 @@ def check_smoothing(smoothing: Any) -> None:
 
 def check_saliency(saliency: Any) -> None:
     """Whether it is a score that gradients give."""
-    if saliency not in tuple(BY_GRADIENTS):  # what can't be hashed is no method either
+    if saliency not in tuple(BY_LOSS):  # what can't be hashed is no method either
         raise InputError(
             f"saliency is {saliency!r}: pass 'fisher', 'taylor1.5' or 'taylor', which are taken "
             "from the gradients of the training loop"

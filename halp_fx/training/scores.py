@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from halp_fx.errors import InputError, SaliencyError
 from halp_fx.passes.rules.structure import tensor_at
-from halp_fx.passes.saliency import BY_GRADIENTS, score
+from halp_fx.passes.saliency import BY_LOSS, score
 from halp_fx.training.processes import sum_up
 from halp_fx.types import ChannelGroups, FloatArray, Group, IntArray, Member, Saliency
 
@@ -110,7 +110,7 @@ class GradientScores:
             if not parts:
                 continue
             value = torch.stack([_products(part) for part in parts]).sum(0) / scale
-            value = value.abs() ** BY_GRADIENTS[self.method]
+            value = value.abs() ** BY_LOSS[self.method]
             # No branch on the values: that would wait for the device in every step.
             fine = torch.isfinite(value).all()
             old, weight_now = total.index_select(0, alive), weight * keep + gain
