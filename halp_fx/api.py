@@ -38,6 +38,7 @@ def compile(
     min_width: int | Mapping[str, int] = 0,
     round_to: int | Mapping[str, int] | None = None,
     candidates: int = 1,
+    evaluate: Callable[[fx.GraphModule], float] | None = None,
     steps: int = 1,
     also: Sequence[tuple[Any, float | str | Budget]] = (),
     verify: bool = True,
@@ -90,11 +91,15 @@ def compile(
             group's channels and over the group's name, to a value. The pattern with the most
             characters besides wildcards counts, among equals the largest value; where none
             matches, the default holds.
-        candidates: try so many plans on a few batches of `data` (loss after batch norm
-            recalibration; without `loss`, the difference to the dense network's outputs) and keep
-            the best: first by the other exponents of the same changes (up to 3 of the loss, 4 of
-            the outputs); what is above that, or where `saliency` is not by data, weighs the groups
-            a little differently against each other.
+        candidates: try so many plans, and keep the one with the least loss on a few batches of
+            `data` after batch norm recalibration; without `loss`, the one whose outputs are nearest
+            to the dense network's. The first are by other scores of the same data; what is above
+            them, or where `saliency` is not by data, weighs the groups a little differently against
+            each other.
+        evaluate: `evaluate(network)` -> number, the higher the better, by which candidates are
+            compared instead. What a network does before fine-tuning says little about what it will
+            do after: a function that trains the network for a little while (it is thrown away) and
+            returns its accuracy on held-out data says more.
         steps: prune in so many steps, of budgets that fall exponentially; between them, batch norms
             are recalibrated and the channels that are left scored anew on up to 64 minibatches of
             `data`, in a copy. Values and `plan.gap` are those of the last.
@@ -140,6 +145,7 @@ def compile(
         "min_width": min_width,
         "round_to": round_to,
         "candidates": candidates,
+        "evaluate": evaluate,
         "steps": steps,
         "also": also,
         "verify": verify,

@@ -9,104 +9,147 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from halp_fx.errors import HalpError, InputError
 from halp_fx.minibatches import float_tensors, inputs_of
 from halp_fx.passes.rewrite import rewrite
 from halp_fx.passes.rules.structure import named_tensors, substitute_copy
 from halp_fx.recalibrate import recalibrate
-from halp_fx.types import LatencyModel, Plan, Saliency
+from halp_fx.types import IntArray, LatencyModel, Plan, Saliency
 
-__all__ = ["Best", "best_of"]
+__all__ = ["Best", "Draft", "Evaluate", "Maker", "best_of", "variants"]
 
 _BATCHES = 8  # minibatches to recalibrate and score on
 _SPREAD = 0.3  # standard deviation of the logarithm by which a group's saliency is scaled
 
-# Chooses, and makes the costs exact at the widths that were chosen.
-Choose = Callable[[Saliency, LatencyModel], tuple[LatencyModel, Plan]]
+Evaluate = Callable[[fx.GraphModule], float]  # of a pruned network: the higher the better
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan that may be the result, and what it takes to choose again."""
+
+    plan: Plan
+    scores: Saliency  # it was chosen by; its value and gap are of these
+    among: Sequence[IntArray] | None = None  # the units that steps before left; None: all
+    steps: int = 1
+
+
+# Makes a draft, and makes the costs exact at the widths that were chosen.
+Maker = Callable[[LatencyModel], tuple[LatencyModel, Draft]]
 
 
 @dataclass(frozen=True)
 class Best:
     """The candidate that was kept."""
 
-    plan: Plan
-    scores: Saliency  # it was chosen by; its value and gap are of these
+    draft: Draft
     costs: LatencyModel  # exact at the widths of all candidates
     facts: Mapping[str, Any]  # for the report
 
 
 def best_of(
-    count: int,
-    plan: Plan,
-    scores: Saliency,
+    first: Draft,
+    makers: Iterable[Maker],
     costs: LatencyModel,
-    choose: Choose,
-    data: Iterable[Any],
+    data: Iterable[Any] | None,
     loss: Callable[[Any, Any], torch.Tensor] | None,
     progress: Callable[[int, int], None] | None = None,
+    evaluate: Evaluate | None = None,
 ) -> Best:
-    """The plan with the least loss on data among `count`, after batch norm recalibration.
+    """The draft with the least loss on data, after batch norm recalibration.
 
     Without a loss, that whose outputs are nearest to the dense network's: the squared difference
-    relative to the squared outputs, the mean over all outputs.
-
-    How much a group counts against another is what a sum of saliencies knows least about. The
-    first is `plan`; the next are by the other powers of the first-order change, where scores are
-    by data; the rest weigh the groups' saliencies a little differently against each other.
+    relative to the squared outputs, the mean over all outputs. With `evaluate`, that whose network
+    it gives the highest value.
 
     Raises:
-        InputError: there are no batches to try them on.
+        InputError: there are no batches to try them on, or `evaluate` gives no number.
     """
-    batches = list(itertools.islice(data, _BATCHES))
-    if not batches:
+    batches = list(itertools.islice(data, _BATCHES)) if data is not None else []
+    if not batches and evaluate is None:
         raise InputError("data has no batches left to try candidates on: pass a list or a loader")
-    generator = np.random.default_rng(0)
-    varied = [
-        replace(scores, scores=other, method=method) for method, other in scores.others.items()
-    ]
-    while len(varied) < count - 1:
-        factors = np.exp(generator.normal(0.0, _SPREAD, len(scores.scores)))
-        scaled = tuple(s * f for s, f in zip(scores.scores, factors, strict=True))
-        varied.append(replace(scores, scores=scaled, method=f"{scores.method}, groups perturbed"))
-    tried = [(plan, scores)]
-    for variant in varied[: count - 1]:
+    drafts = [first]
+    for make in makers:
         try:
-            costs, other_plan = choose(variant, costs)
+            costs, draft = make(costs)
         except HalpError:
             continue
-        tried.append((other_plan, variant))
-    aims = [_target(plan.groups.traced.module, batch) for batch in batches]
-    if loss is None:
-        module = plan.groups.traced.module
+        drafts.append(draft)
+    value = _by_loss(first.plan, batches, loss) if evaluate is None else _by_user(evaluate)
+    values: list[float] = []
+    known: dict[tuple[bytes, ...], float] = {}  # several drafts may have one plan
+    for done, draft in enumerate(drafts, start=1):
+        key = tuple(units.tobytes() for units in draft.plan.units)
+        if key not in known:
+            network = rewrite(draft.plan)
+            if batches:
+                recalibrate(network, batches)
+            known[key] = value(network)
+        values.append(known[key])
+        if progress is not None:
+            progress(done, len(drafts))
+    best = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
+    facts: dict[str, Any] = {"candidate": best}
+    if evaluate is None:
+        facts["candidate_losses"] = [-v for v in values]
+    else:
+        facts["candidate_values"] = values
+    return Best(drafts[best], costs, facts)
+
+
+def variants(scores: Saliency, count: int) -> list[Saliency]:
+    """Other scores to choose by, so many.
+
+    How much a group counts against another is what a sum of saliencies knows least about. First
+    come `scores.others`; the rest weigh the groups a little differently against each other.
+    """
+    generator = np.random.default_rng(0)
+    found = [
+        replace(scores, scores=other, method=method) for method, other in scores.others.items()
+    ]
+    while len(found) < count:
+        factors = np.exp(generator.normal(0.0, _SPREAD, len(scores.scores)))
+        scaled = tuple(s * f for s, f in zip(scores.scores, factors, strict=True))
+        found.append(replace(scores, scores=scaled, method=f"{scores.method}, groups perturbed"))
+    return found[:count]
+
+
+def _by_user(evaluate: Evaluate) -> Evaluate:
+    def value(network: fx.GraphModule) -> float:
+        with torch.enable_grad():
+            given: Any = evaluate(network)
+        try:
+            return float(given)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"evaluate gave {type(given).__name__}: return a number, the higher the better"
+            ) from error
+
+    return value
+
+
+def _by_loss(
+    plan: Plan, batches: Sequence[Any], loss: Callable[[Any, Any], torch.Tensor] | None
+) -> Evaluate:
+    """Minus the loss on data."""
+    module = plan.groups.traced.module
+    aims, measure = [_target(module, batch) for batch in batches], loss
+    if measure is None:
         # Shares the tensors, not the modes.
         dense = substitute_copy(module, {id(t): t for _, t in named_tensors(module)}).eval()
-        aims, loss = [_output(dense, batch) for batch in batches], _difference
-    losses = []
-    for done, (candidate, _) in enumerate(tried, start=1):
-        losses.append(_loss_of(candidate, batches, aims, loss))
-        if progress is not None:
-            progress(done, len(tried))
-    best = int(np.nanargmin(losses)) if np.isfinite(losses).any() else 0
-    chosen, by = tried[best]
-    facts = {"candidate": best, "candidate_losses": [float(x) for x in losses]}
-    return Best(chosen, by, costs, facts)
+        aims, measure = [_output(dense, batch) for batch in batches], _difference
 
+    def value(network: fx.GraphModule) -> float:
+        network.eval()
+        total = 0.0
+        for batch, aim in zip(batches, aims, strict=True):
+            with torch.no_grad():
+                total += float(measure(_output(network, batch), aim))
+        return -total / len(batches)
 
-def _loss_of(
-    plan: Plan,
-    batches: Sequence[Any],
-    aims: Sequence[Any],
-    loss: Callable[[Any, Any], torch.Tensor],
-) -> float:
-    network = rewrite(plan).eval()
-    recalibrate(network, batches)
-    total = 0.0
-    for batch, aim in zip(batches, aims, strict=True):
-        with torch.no_grad():
-            total += float(loss(_output(network, batch), aim))
-    return total / len(batches)
+    return value
 
 
 def _output(network: nn.Module, batch: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from halp_fx.budget import Budget, parse_budget
-from halp_fx.candidates import best_of
+from halp_fx.candidates import Draft, Evaluate, Maker, best_of, variants
 from halp_fx.errors import InfeasibleError, InputError, NothingToPruneError, SaliencyError
 from halp_fx.latency import Source, resolve_backend, tell_foreign
 from halp_fx.passes.groups import find_groups
@@ -23,7 +23,7 @@ from halp_fx.passes.rewrite import rewrite
 from halp_fx.passes.rules.limits import dense_counts
 from halp_fx.passes.rules.scope import Scope, Selection, scope_of
 from halp_fx.passes.rules.widths import Widths
-from halp_fx.passes.saliency import score
+from halp_fx.passes.saliency import BY_DATA, score
 from halp_fx.passes.select import check_solver, select
 from halp_fx.passes.trace import trace
 from halp_fx.stepwise import check_steps, narrowed, target_at
@@ -37,6 +37,14 @@ Choose = Callable[[ChannelGroups, Saliency, LatencyModel, float], Plan]
 
 MIN_SHARE = 0.1
 _REFINEMENTS = 3  # how often the chosen widths are measured and chosen again
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    return None
+
+
+def _ignored(stage: str) -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class Prepared:
     data: Iterable[Any] | None
     loss: Callable[[Any, Any], torch.Tensor] | None
     candidates: int
+    evaluate: Evaluate | None
     steps: int
     verify: bool
     tell: Progress
@@ -80,40 +89,22 @@ class Prepared:
         """
         with _guarded(self.model, self.tell) as stage:
             stage("select")
-            costs, source, scores = self.costs, self.source, self.scores
-            budget_ms = limit.in_ms(costs.dense_ms)
-            among: Sequence[IntArray] | None = None
-            choose = self._chooser(limit)
-            plan = choose(self.groups, scores, costs, budget_ms)
-            if self.steps > 1 and _removes(plan):
-                stage("steps")
-                plan, scores, among = self._stepwise(plan, limit)
-                choose = self._chooser(limit, among=among)
-            if can_measure(source):
-                stage("refine")
-                costs, plan = _refined(plan, scores, costs, source, self.tell, choose)
-            facts: Mapping[str, Any] = {"steps": self.steps if among is not None else 1}
-            if self.candidates > 1 and self.data is not None:
+            costs, draft = self._draft(self.scores, self.costs, limit, self.steps, stage, self.tell)
+            facts: Mapping[str, Any] = {}
+            if self.candidates > 1:
                 stage("candidates")
-
-                def exactly(by: Saliency, costs: LatencyModel) -> tuple[LatencyModel, Plan]:
-                    other = choose(self.groups, by, costs, budget_ms)
-                    if not can_measure(source):
-                        return costs, other
-                    return _refined(other, by, costs, source, _silent, choose)
-
                 best = best_of(
-                    self.candidates, plan, scores, costs, exactly, self.data, self.loss,
-                    partial(self.tell, "candidates"),
+                    draft, self._others(limit), costs, self.data, self.loss,
+                    partial(self.tell, "candidates"), self.evaluate,
                 )  # fmt: skip
-                plan, scores, costs = best.plan, best.scores, best.costs
-                facts = {**facts, **best.facts}
-            plan = self._annotated(plan, scores, costs, facts)
+                draft, costs, facts = best.draft, best.costs, best.facts
+            facts = {"steps": draft.steps, **facts}
+            plan = self._annotated(draft.plan, draft.scores, costs, facts)
             if self.verify and any(
-                can_measure(s) for s in (source, *(o.source for o in self.also))
+                can_measure(s) for s in (self.source, *(o.source for o in self.also))
             ):
                 stage("verify")
-                pruned = self._verified(plan, limit, scores, costs, among, facts)
+                pruned = self._verified(plan, limit, draft, costs, facts)
             else:
                 stage("rewrite")
                 pruned = rewrite(plan)
@@ -121,13 +112,45 @@ class Prepared:
         pruned.meta["halp_fx"] = replace(plan, groups=plan.groups.without_network())
         return pruned
 
+    def _draft(
+        self,
+        scores: Saliency,
+        costs: LatencyModel,
+        limit: Budget,
+        steps: int,
+        stage: Callable[[str], None] = _ignored,
+        tell: Progress = _silent,
+    ) -> tuple[LatencyModel, Draft]:
+        """A plan by these scores, with the costs exact at its widths."""
+        choose = self._chooser(limit)
+        plan = choose(self.groups, scores, costs, limit.in_ms(costs.dense_ms))
+        draft = Draft(plan, scores)
+        if steps > 1 and scores.method in BY_DATA and _removes(plan):
+            stage("steps")
+            draft = self._stepwise(draft, costs, limit, tell)
+            choose = self._chooser(limit, among=draft.among)
+        if can_measure(self.source):
+            stage("refine")
+            costs, plan = _refined(draft.plan, draft.scores, costs, self.source, tell, choose)
+            draft = replace(draft, plan=plan)
+        return costs, draft
+
+    def _others(self, limit: Budget) -> Iterator[Maker]:
+        """What is tried besides the first draft; in steps, each score also at once."""
+        tried = [(by, self.steps) for by in variants(self.scores, self.candidates - 1)]
+        if self.steps > 1:
+            of_data = [self.scores, *(by for by, _ in tried if by.method in BY_DATA)]
+            half = tried[: (self.candidates - 1) // 2]
+            tried = [*half, *((by, 1) for by in of_data), *tried[len(half) :]]
+        for by, steps in tried[: self.candidates - 1]:
+            yield partial(self._draft, by, limit=limit, steps=steps)
+
     def _verified(
         self,
         plan: Plan,
         limit: Budget,
-        scores: Saliency,
+        draft: Draft,
         costs: LatencyModel,
-        among: Sequence[IntArray] | None,
         facts: Mapping[str, Any],
     ) -> fx.GraphModule:
         checks = [
@@ -136,10 +159,9 @@ class Prepared:
         ]
 
         def choose(asked_ms: Sequence[float]) -> Plan:
-            within = self._chooser(limit, among=among, also_ms=asked_ms[1:])
-            return self._annotated(
-                within(self.groups, scores, costs, asked_ms[0]), scores, costs, facts
-            )
+            within = self._chooser(limit, among=draft.among, also_ms=asked_ms[1:])
+            again = within(self.groups, draft.scores, costs, asked_ms[0])
+            return self._annotated(again, draft.scores, costs, facts)
 
         return verified(plan, checks, choose, partial(self.tell, "verify"))
 
@@ -194,28 +216,29 @@ class Prepared:
         return choose
 
     def _stepwise(
-        self, at_once: Plan, limit: Budget
-    ) -> tuple[Plan, Saliency, Sequence[IntArray] | None]:
+        self, at_once: Draft, costs: LatencyModel, limit: Budget, tell: Progress
+    ) -> Draft:
         """The plan of the last step, the scores that it is by, and the units that were left."""
         assert self.data is not None
+        budget_ms = at_once.plan.budget_ms
 
         def step(
             scores: Saliency, budget_ms: float, done: float, among: Sequence[IntArray] | None
         ) -> Plan:
-            return self._chooser(limit, done, among)(self.groups, scores, self.costs, budget_ms)
+            return self._chooser(limit, done, among)(self.groups, scores, costs, budget_ms)
 
         try:
             among, scores = narrowed(
-                self.steps, self.groups, self.scores, self.costs, at_once.budget_ms, step,
-                self.data, self.loss, partial(self.tell, "steps"),
+                self.steps, self.groups, at_once.scores, costs, budget_ms, step,
+                self.data, self.loss, partial(tell, "steps"),
             )  # fmt: skip
             last = self._chooser(limit, among=among)
-            plan = last(self.groups, scores, self.costs, at_once.budget_ms)
-            return plan, scores, among
+            plan = last(self.groups, scores, costs, budget_ms)
+            return Draft(plan, scores, among, self.steps)
         except (InfeasibleError, SaliencyError):
             # Costs need not fall with the width: what is left may miss a budget that can be met.
             # Or nothing can be learnt from gradients once so much is gone.
-            return at_once, self.scores, None
+            return at_once
 
 
 def prepare(
@@ -235,6 +258,7 @@ def prepare(
     min_width: int | Mapping[str, int] = 0,
     round_to: int | Mapping[str, int] | None = None,
     candidates: int = 1,
+    evaluate: Evaluate | None = None,
     steps: int = 1,
     also: Sequence[tuple[Any, float | str | Budget]] = (),
     verify: bool = True,
@@ -248,12 +272,7 @@ def prepare(
     if isinstance(min_share, Mapping):
         min_share = {"*": MIN_SHARE, **min_share}
     allowed = Widths(min_share=min_share, min_width=min_width, round_to=round_to)
-    whole = isinstance(candidates, int) and not isinstance(candidates, bool)
-    if not whole or candidates < 1 or (candidates > 1 and data is None):
-        raise InputError(
-            f"candidates={candidates!r}: pass a whole number of at least 1; above 1 it needs data "
-            "to try the plans on"
-        )
+    _check_candidates(candidates, evaluate, data)
     check_steps(steps, data, saliency)
     further = _latency_limits(also)
     check_solver(solver, also=further)
@@ -273,7 +292,7 @@ def prepare(
         if not groups.groups:
             raise NothingToPruneError(_why_nothing(groups))
         stage("saliency")
-        scores = score(groups, data, loss, saliency, partial(tell, "saliency"))
+        scores = score(groups, data, loss, saliency, partial(tell, "saliency"), both=candidates > 1)
         stage("latency")
         costs = price(groups, source, progress=partial(tell, "latency"))
         priced = [
@@ -291,10 +310,24 @@ def prepare(
         data=data,
         loss=loss,
         candidates=candidates,
+        evaluate=evaluate,
         steps=steps,
         verify=verify,
         tell=tell,
     )
+
+
+def _check_candidates(candidates: Any, evaluate: Any, data: Any) -> None:
+    whole = isinstance(candidates, int) and not isinstance(candidates, bool)
+    if not whole or candidates < 1 or (candidates > 1 and data is None and evaluate is None):
+        raise InputError(
+            f"candidates={candidates!r}: pass a whole number of at least 1; above 1 it needs data "
+            "to try the plans on, or evaluate"
+        )
+    if evaluate is not None and not callable(evaluate):
+        raise InputError(f"evaluate must be a callable, not {type(evaluate).__name__}")
+    if evaluate is not None and candidates == 1:
+        raise InputError("evaluate compares candidates: pass candidates=3 or so as well")
 
 
 def _latency_limits(also: Any) -> list[tuple[Any, Budget]]:
@@ -348,10 +381,6 @@ def _removes(plan: Plan) -> bool:
     return any(
         len(own) < dense for own, dense in zip(plan.units, plan.groups.dense_units, strict=True)
     )
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    return None
 
 
 def _device_of(model: Any) -> str | torch.device:

@@ -37,6 +37,8 @@ BY_LOSS = {"fisher": 2.0, "taylor1.5": 1.5, "taylor": 1.0}
 # Method -> the exponent of that of the outputs.
 BY_OUTPUTS = {"output": 2.0, "output1.5": 1.5, "output1.75": 1.75, "output1": 1.0}
 BY_DATA = (*BY_OUTPUTS, *BY_LOSS)
+# In this order they are tried as candidates.
+_OTHERS = ("output", "output1.5", "taylor1.5", "fisher", "output1.75", "taylor", "output1")
 _METHODS = (*BY_DATA, "magnitude")
 DEFAULT_LOSS, DEFAULT_OUTPUTS = "fisher", "output"
 _SIGNS = 4  # random projections of the outputs of a minibatch
@@ -53,6 +55,8 @@ def score(
     loss: Loss | None = None,
     method: Callable[[ChannelGroups], Any] | str | None = None,
     progress: Progress | None = None,
+    *,
+    both: bool = False,
 ) -> Saliency:
     """Score every unit.
 
@@ -80,7 +84,8 @@ def score(
 
     All rank the channels of a group much alike. The exponent says how much many small channels
     count against a few large ones of another group, and which is best differs between networks.
-    `Saliency.others` has the same minibatches by other exponents.
+    `Saliency.others` has the same minibatches by other exponents, and with `both` (where there is a
+    loss) of the other change too.
 
     Minibatches whose scores are not finite are left out, group by group.
 
@@ -91,6 +96,7 @@ def score(
         data: minibatches `(inputs, target)`, or inputs alone where there is no loss; inputs a
             tensor or a tuple.
         loss: `loss(output, target)` -> scalar tensor.
+        both: score by the loss and by the outputs, as others besides `method`.
         method: one of these names, "magnitude", or a callable that takes the groups and returns
             a dict (group name -> scores) or a list of arrays, one (units,) a group. None: "fisher"
             with a loss, "output" with data alone, else "magnitude".
@@ -120,10 +126,10 @@ def score(
     method = method or default_method(loss)
     module = _private_copy(groups.traced.module)
     sources = [_scored_members(groups, g, module) for g in groups.groups]
-    probe = _probe(method, loss)
-    found = _by_gradients(groups, module, sources, data, probe, progress)
-    chosen = _checked(groups, found.pop(method), method, False)
-    return replace(chosen, others={name: tuple(scores) for name, scores in found.items()})
+    found = _by_gradients(groups, module, sources, data, _probes(method, loss, both), progress)
+    chosen = _checked(groups, found[method], method, False)
+    others = {name: tuple(found[name]) for name in _OTHERS if name in found and name != method}
+    return replace(chosen, others=others)
 
 
 def score_survivors(
@@ -162,7 +168,8 @@ def score_survivors(
         sources.append(members)
     counts = [len(units) for units in plan.units]
     method = method or default_method(loss)
-    found = _by_gradients(groups, module, sources, data, _probe(method, loss), None, counts)
+    probes = _probes(method, loss, both=False)
+    found = _by_gradients(groups, module, sources, data, probes, None, counts)
 
     def of_all(scores: Sequence[FloatArray]) -> tuple[FloatArray, ...]:
         whole = tuple(np.zeros(n) for n in groups.dense_units)
@@ -170,10 +177,10 @@ def score_survivors(
             full[units] = own
         return whole
 
-    scores = of_all(found.pop(method))
+    scores = of_all(found[method])
     if not any(full.any() for full in scores):
         raise SaliencyError("the saliency of the pruned network is zero for every unit")
-    others = {name: of_all(other) for name, other in found.items()}
+    others = {name: of_all(found[name]) for name in _OTHERS if name in found and name != method}
     return Saliency(scores, method, False, others)
 
 
@@ -192,12 +199,15 @@ class _Probe:
     needs_target: bool
 
 
-def _probe(method: str, loss: Loss | None) -> _Probe:
-    if method in BY_OUTPUTS:
+def _probes(method: str, loss: Loss | None, both: bool) -> list[_Probe]:
+    found = []
+    if method in BY_LOSS or (both and loss is not None):
+        assert loss is not None
+        found.append(_Probe(_of_loss(loss), None, BY_LOSS, needs_target=True))
+    if method in BY_OUTPUTS or both:
         # Signs are random: only the mean squares of their projections say something.
-        return _Probe(_projections(), 2.0, BY_OUTPUTS, needs_target=False)
-    assert loss is not None
-    return _Probe(_of_loss(loss), None, BY_LOSS, needs_target=True)
+        found.append(_Probe(_projections(), 2.0, BY_OUTPUTS, needs_target=False))
+    return found
 
 
 def _by_gradients(
@@ -205,7 +215,7 @@ def _by_gradients(
     module: fx.GraphModule,
     sources: Sequence[_Sources],
     data: Iterable[Any],
-    probe: _Probe,
+    probes: Sequence[_Probe],
     progress: Progress | None,
     units: Sequence[int] | None = None,
 ) -> dict[str, list[FloatArray]]:
@@ -216,29 +226,20 @@ def _by_gradients(
     wanted = {id(tensors[name]) for members in sources for name, *_ in members}
     for tensor in tensors.values():
         tensor.requires_grad_(id(tensor) in wanted and tensor.is_floating_point())
-    # Exponent -> sums of the changes, one array a group.
-    totals = {
-        power: [np.zeros(n) for n in units]
-        for power in (probe.powers.values() if probe.power is None else (probe.power,))
-    }
-    used = [0] * len(sources)
+    sums = [_Sums(probe, units) for probe in probes]
     batches = 0
     total = len(data) if hasattr(data, "__len__") else 0  # type: ignore[arg-type]
     if not isinstance(data, Iterable):
         raise InputError(f"data must be an iterable of (inputs, target), not {type(data).__name__}")
     for batch in data:
-        values = _forward(module, batch, probe)
-        for left, value in zip(range(len(values) - 1, -1, -1), values, strict=True):
+        values = _forward(module, batch, probes)
+        for left, (which, value) in zip(range(len(values) - 1, -1, -1), values, strict=True):
             value.backward(retain_graph=left > 0)
             for i, members in enumerate(sources):
                 change = np.zeros(units[i])
                 for name, dim, index in members:
                     change += _sum_of_products(tensors[name], dim, index)
-                change = np.abs(change)
-                if np.isfinite(change**2).all():
-                    for power, sums in totals.items():
-                        sums[i] += change**power
-                    used[i] += 1
+                sums[which].add(i, np.abs(change))
             for tensor in tensors.values():
                 tensor.grad = None
         batches += 1
@@ -246,21 +247,42 @@ def _by_gradients(
             progress(batches, max(total, batches))
     if batches == 0:
         raise InputError("data has no batches: pass at least one (inputs, target)")
-    for i, group in enumerate(groups.groups):
-        if used[i] == 0:
-            raise SaliencyError(
-                f"the saliency of group {group.name!r} is not finite in any of {batches} "
-                "batches: check the data and the loss for NaN or infinity"
-            )
-    means = {
-        power: [t / n for t, n in zip(sums, used, strict=True)] for power, sums in totals.items()
-    }
-    if probe.power is None:
-        return {method: means[power] for method, power in probe.powers.items()}
-    return {
-        method: [mean ** (power / probe.power) for mean in means[probe.power]]
-        for method, power in probe.powers.items()
-    }
+    means: dict[str, list[FloatArray]] = {}
+    for each in sums:
+        for group, count in zip(groups.groups, each.used, strict=True):
+            if count == 0:
+                raise SaliencyError(
+                    f"the saliency of group {group.name!r} is not finite in any of {batches} "
+                    "batches: check the data and the loss for NaN or infinity"
+                )
+        means |= each.means()
+    return means
+
+
+class _Sums:
+    """Changes to the powers of a probe, summed group by group where they are finite."""
+
+    def __init__(self, probe: _Probe, units: Sequence[int]) -> None:
+        self.probe = probe
+        powers = probe.powers.values() if probe.power is None else (probe.power,)
+        self.totals = {power: [np.zeros(n) for n in units] for power in powers}
+        self.used = [0] * len(units)
+
+    def add(self, group: int, change: FloatArray) -> None:
+        if np.isfinite(change**2).all():
+            for power, totals in self.totals.items():
+                totals[group] += change**power
+            self.used[group] += 1
+
+    def means(self) -> dict[str, list[FloatArray]]:
+        """Method -> one array a group."""
+        base = self.probe.power
+        found = {}
+        for method, power in self.probe.powers.items():
+            totals = self.totals[power if base is None else base]
+            means = [t / n for t, n in zip(totals, self.used, strict=True)]
+            found[method] = means if base is None else [mean ** (power / base) for mean in means]
+        return found
 
 
 def _private_copy(module: fx.GraphModule) -> fx.GraphModule:
@@ -275,10 +297,12 @@ def _private_copy(module: fx.GraphModule) -> fx.GraphModule:
     return private.eval()
 
 
-def _forward(module: fx.GraphModule, batch: Any, probe: _Probe) -> list[torch.Tensor]:
-    """The scalars of a probe for one minibatch."""
+def _forward(
+    module: fx.GraphModule, batch: Any, probes: Sequence[_Probe]
+) -> list[tuple[int, torch.Tensor]]:
+    """The scalars of each probe, by its position, for one minibatch."""
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-    if probe.needs_target and not pair:
+    if not pair and any(probe.needs_target for probe in probes):
         raise InputError(
             f"a batch of data must be a pair (inputs, target), not {type(batch).__name__}"
         )
@@ -287,7 +311,12 @@ def _forward(module: fx.GraphModule, batch: Any, probe: _Probe) -> list[torch.Te
     if isinstance(target, torch.Tensor):
         target = target.to(device)
     with torch.enable_grad():
-        return list(probe.scalars(module(*inputs_of(batch, device)), target))
+        output = module(*inputs_of(batch, device))
+        return [
+            (which, value)
+            for which, probe in enumerate(probes)
+            for value in probe.scalars(output, target)
+        ]
 
 
 def _of_loss(loss: Loss) -> Callable[[Any, Any], list[torch.Tensor]]:

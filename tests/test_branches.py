@@ -10,19 +10,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import halp_fx
-from halp_fx.candidates import best_of
-from halp_fx.errors import InputError
+from halp_fx.candidates import Draft, best_of, variants
+from halp_fx.errors import InfeasibleError, InputError
 from halp_fx.latency import Analytic, Source
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import price
 from halp_fx.passes.saliency import score
 from halp_fx.passes.select import select
 from halp_fx.passes.trace import trace
-from halp_fx.types import Plan, Saliency
+from halp_fx.types import LatencyModel
 from tests import oracle
+
+# Scores of the same data that are tried besides "fisher".
+OTHERS = ["output", "output1.5", "taylor1.5", "output1.75", "taylor", "output1"]
 
 
 class Block(nn.Module):
@@ -149,47 +152,117 @@ def test_candidates_keep_the_least_loss() -> None:
     assert plan.predicted_ms <= plan.budget_ms
     assert 0 <= plan.gap < 1
     oracle.assert_exact(model, pruned, (x,))
-    # The first three are by mean squares, by the power of 1.5 and by mean absolute values.
-    assert (
-        plan.report["saliency"]
-        == ("fisher", "taylor1.5", "taylor", "fisher")[plan.report["candidate"]]
-    )
+    assert plan.report["saliency"] == ("fisher", *OTHERS)[plan.report["candidate"]]
     single = halp_fx.plan_of(halp_fx.compile(model, 0.5, x, **options))
     assert single.report["saliency"] == "fisher"
 
 
-def test_candidates_are_by_other_powers_first() -> None:
+def test_candidates_are_by_other_scores_first() -> None:
+    model, x = network()
+    groups = find_groups(trace(model, x))
+    data = batches()
+    for both, others in ((False, ["taylor1.5", "taylor"]), (True, OTHERS)):
+        scores = score(groups, data, F.cross_entropy, both=both)
+        found = variants(scores, len(others) + 2)
+        perturbed = "fisher, groups perturbed"
+        assert [s.method for s in found] == [*others, perturbed, perturbed]
+        for given in found[:-2]:
+            alone = score(groups, data, F.cross_entropy, given.method).scores
+            for one, other in zip(given.scores, alone, strict=True):
+                np.testing.assert_allclose(one, other)
+        # Perturbed: the same order within each group, other weights between groups.
+        for some in found[-2:]:
+            pairs = zip(scores.scores, some.scores, strict=True)
+            ratios = [round(float(b.sum() / a.sum()), 6) for a, b in pairs]
+            assert len(set(ratios)) == len(ratios)
+    assert variants(scores, 1) == found[:1]
+
+
+def test_the_draft_with_the_least_loss_is_kept() -> None:
     model, x = network()
     groups = find_groups(trace(model, x))
     with torch.no_grad():
         data = [(a, model.eval()(a).argmax(1)) for a, _ in batches()]  # the dense one is right
     scores = score(groups, data, F.cross_entropy)
     costs = price(groups, Source(Analytic(), None))
-    asked: list[Saliency] = []
 
-    def choose(by: Saliency, costs: Any) -> tuple[Any, Plan]:
-        """The others get less time than the power of 1.5."""
-        asked.append(by)
-        share = 0.95 if by.method == "taylor1.5" else 0.3
-        return costs, select(groups, by, costs, share * costs.dense_ms)
+    def draft(share: float) -> Draft:
+        return Draft(select(groups, scores, costs, share * costs.dense_ms), scores)
 
-    _, plan = choose(scores, costs)
-    best = best_of(5, plan, scores, costs, choose, data, F.cross_entropy)
-    perturbed = "fisher, groups perturbed"
-    assert [s.method for s in asked] == ["fisher", "taylor1.5", "taylor", perturbed, perturbed]
-    for given in asked[1:3]:
-        alone = score(groups, data, F.cross_entropy, given.method).scores
-        for one, other in zip(given.scores, alone, strict=True):
-            np.testing.assert_allclose(one, other)
-    # Perturbed: the same order within each group, other weights between groups.
-    ratios = [float(b.sum() / a.sum()) for a, b in zip(scores.scores, asked[3].scores, strict=True)]
-    assert len({round(r, 6) for r in ratios}) == len(ratios)
+    def fails(_: LatencyModel) -> Any:
+        raise InfeasibleError("no", 1.0)
+
+    makers = [fails, *(lambda costs, s=s: (costs, draft(s)) for s in (0.95, 0.3))]
+    best = best_of(draft(0.3), makers, costs, data, F.cross_entropy)
     losses = best.facts["candidate_losses"]
-    assert best.facts["candidate"] == 1 and losses[1] < min(losses[0], *losses[2:])
-    assert best.scores is asked[1]
-    assert best.plan.value == pytest.approx(
-        sum(float(s[kept].sum()) for s, kept in zip(asked[1].scores, best.plan.units, strict=True))
+    assert best.facts["candidate"] == 1 and losses[1] < losses[0] == losses[2]
+    assert best.draft.plan.predicted_ms > 0.5 * costs.dense_ms
+
+
+def test_candidates_are_compared_by_a_function_of_the_users() -> None:
+    model, x = network()
+    seen: list[fx.GraphModule] = []
+
+    def first_is_best(pruned: fx.GraphModule) -> torch.Tensor:
+        seen.append(pruned)
+        loss = F.cross_entropy(pruned(x), torch.zeros(len(x), dtype=torch.int64))
+        loss.backward()  # it may train
+        with torch.no_grad():
+            for parameter in pruned.parameters():
+                parameter.zero_()
+        return torch.tensor(-len(seen))
+
+    options: dict[str, Any] = {"data": batches(), "loss": F.cross_entropy, "latency": "analytic"}
+    with oracle.snapshot(model), torch.no_grad():
+        pruned = halp_fx.compile(
+            model, 0.4, x, steps=3, candidates=8, evaluate=first_is_best, **options
+        )
+    report = halp_fx.plan_of(pruned).report
+    assert report["candidate"] == 0
+    assert len(report["candidate_values"]) == 8
+    # Each plan is tried once.
+    assert sorted(set(report["candidate_values"])) == [-float(n) for n in range(len(seen), 0, -1)]
+    assert len(seen) > 2
+    oracle.assert_exact(model, pruned, (x,))  # what was trained is thrown away
+    without = halp_fx.compile(
+        model, 0.5, x, latency="analytic", candidates=3, evaluate=lambda _: float("nan")
     )
+    assert halp_fx.plan_of(without).report["candidate"] == 0
+
+
+def test_candidates_in_steps_are_also_tried_at_once() -> None:
+    model, x = network()
+    asked: list[int] = []
+
+    def evaluate(pruned: fx.GraphModule) -> float:
+        asked.append(len(asked))
+        return float(len(asked))  # the last that is new
+
+    pruned = halp_fx.compile(
+        model, 0.4, x, data=batches(), loss=F.cross_entropy, latency="analytic", steps=3,
+        candidates=5, evaluate=evaluate,
+    )  # fmt: skip
+    report = halp_fx.plan_of(pruned).report
+    # In steps by two others; at once by the first and by them.
+    steps = [3, 3, 3, 1, 1][report["candidate"]]
+    methods = ["fisher", "output", "output1.5", "fisher", "output"]
+    assert (report["steps"], report["saliency"]) == (steps, methods[report["candidate"]])
+    assert len(asked) >= 3
+    oracle.assert_exact(model, pruned, (x,))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"evaluate": len}, "evaluate compares candidates: pass candidates=3"),
+        ({"evaluate": 3, "candidates": 2}, "evaluate must be a callable, not int"),
+        ({"evaluate": lambda _: "good", "candidates": 2}, "evaluate gave str: return a number"),
+    ],
+)
+def test_evaluations_that_are_none(options: dict[str, Any], message: str) -> None:
+    model, x = network()
+    with pytest.raises(InputError, match=message):
+        halp_fx.compile(model, 0.5, x, latency="analytic", **options)
 
 
 def test_candidates_without_a_loss_keep_the_outputs_nearest_to_the_dense_network() -> None:

@@ -28,7 +28,7 @@ from halp_fx.tools.console import HalpCommands
 from halp_fx.tools.experiments import (
     accuracy_cli,
     accuracy_methods,
-    accuracy_run,
+    accuracy_tune,
     cifar,
     imagenet,
     peers,
@@ -39,7 +39,7 @@ from halp_fx.tools.experiments.accuracy_data import Batches, Images, correct, da
 from halp_fx.tools.experiments.accuracy_methods import METHODS, SETS, Method, chosen_methods
 from halp_fx.tools.experiments.accuracy_records import Journal, Record, packed, unpacked
 from halp_fx.tools.experiments.accuracy_report import compared, page, write_report
-from halp_fx.tools.experiments.accuracy_run import Plan, run, tune
+from halp_fx.tools.experiments.accuracy_run import Plan, run
 from halp_fx.tools.experiments.accuracy_statistics import paired, sign_test
 from halp_fx.tools.experiments.accuracy_task import (
     Candidate,
@@ -49,6 +49,7 @@ from halp_fx.tools.experiments.accuracy_task import (
     searched,
     to_latency,
 )
+from halp_fx.tools.experiments.accuracy_tune import tune
 from halp_fx.tools.experiments.peers import Way, torch_pruned
 from halp_fx.training import fine_tune
 from tests.oracle import assert_exact
@@ -325,7 +326,7 @@ def test_gradual_pruning_and_fine_tuning_see_other_images(
         return fine_tune(network, data, *arguments, **options)
 
     monkeypatch.setattr(accuracy_methods, "fine_tune", watched)
-    monkeypatch.setattr(accuracy_run, "fine_tune", watched)
+    monkeypatch.setattr(accuracy_tune, "fine_tune", watched)
     plan = Plan(("tiny",), (METHODS["joint-gradual"],), (0.5,), (0,))
     run(plan, Journal(tmp_path / "r.jsonl", "x"), lambda name: replace(task, _kept={}))
     dense, *_, pruning, tuning = ([i for _, y in data for i in y.tolist()] for data in seen)

@@ -15,8 +15,9 @@ from halp_fx.budget import Budget
 from halp_fx.errors import InputError
 from halp_fx.pipeline import Prepared, prepare
 from halp_fx.tools.experiments import accuracy_scores as scores
-from halp_fx.tools.experiments.accuracy_data import Batches
+from halp_fx.tools.experiments.accuracy_data import Batches, correct
 from halp_fx.tools.experiments.accuracy_task import Candidate, Task, Variant, searched
+from halp_fx.tools.experiments.accuracy_tune import tune
 from halp_fx.tools.experiments.peers import library, torch_pruning
 from halp_fx.training import GradualPruner, fine_tune
 
@@ -24,7 +25,10 @@ __all__ = ["DENSE", "METHODS", "SETS", "Method", "Prune", "chosen_methods"]
 
 _MILESTONES = 10
 _GRADUAL_SHARE = 0.5  # of the images of fine-tuning
-_GRADUAL_TRIES = 3  # each trains anew
+_TRIES = 3  # of methods that train anew each time
+_STEPS = 5
+_CANDIDATES = 6
+_TRIAL_SHARE = 0.25  # of the images of fine-tuning, that each candidate is trained on
 
 
 class Prune(Protocol):
@@ -58,6 +62,14 @@ def _augmented(task: Task, seed: int) -> Mapping[str, Any]:
 
 def _small_batches(task: Task, seed: int) -> Mapping[str, Any]:
     return {"data": task.scoring(seed, batch=8), "loss": task.loss}
+
+
+def _outputs(task: Task, seed: int) -> Mapping[str, Any]:
+    return {**_by_data(task, seed), "saliency": "output"}
+
+
+def _outputs_power(task: Task, seed: int) -> Mapping[str, Any]:
+    return {**_by_data(task, seed), "saliency": "output1.5"}
 
 
 def _power(task: Task, seed: int) -> Mapping[str, Any]:
@@ -116,6 +128,26 @@ def _ours(
     return searched(task, budget, [variant(round_to) for round_to in widths], seed)
 
 
+def _tried(task: Task, budget: float, seed: int) -> Candidate:
+    """Candidates in steps and at once, compared after a short training on images kept for it."""
+    options: dict[str, Any] = {"data": _outputs, "steps": _STEPS}
+    knob = _ours(task, budget, seed, **options).knob
+
+    def evaluate(network: nn.Module) -> float:
+        trial = deepcopy(network).to(task.device)
+        task.recalibrate(trial, seed)
+        tune(task, trial, seed, images=int(_TRIAL_SHARE * task.settings.tune_images))
+        images = task.choose.sample(task.settings.choose_images, 0)
+        return float(correct(trial, images).mean())
+
+    prepared = prepare(
+        task.dense, task.example, latency=task.source, verify=False, steps=_STEPS,
+        candidates=_CANDIDATES, evaluate=evaluate, **_outputs(task, seed),
+    )  # fmt: skip
+    variant = Variant("", lambda share: prepared.prune(Budget(share=share)), knob)
+    return searched(task, budget, [variant], seed, tries=_TRIES)
+
+
 def _gradual(task: Task, budget: float, seed: int) -> Candidate:
     """Pruned in steps while it trains, on a part of the images that others fine-tune on.
 
@@ -143,9 +175,7 @@ def _gradual(task: Task, budget: float, seed: int) -> Candidate:
         return network.cpu().eval()
 
     variant = Variant("", trained, at_once.knob)
-    return replace(
-        searched(task, budget, [variant], seed, tries=_GRADUAL_TRIES), used_images=images
-    )
+    return replace(searched(task, budget, [variant], seed, tries=_TRIES), used_images=images)
 
 
 def _dense(task: Task, budget: float, seed: int) -> Candidate:
@@ -186,6 +216,9 @@ METHODS: dict[str, Method] = {
         _peer("tp-taylor-global", "Torch-Pruning, Taylor, global", "taylor", True),
         # The value of each part.
         _method("joint-taylor", "joint, HALP's scores", data=_halp_taylor),
+        _method("joint-output", "joint, by outputs", data=_outputs),
+        _method("joint-output-1.5", "joint, by outputs, power 1.5", data=_outputs_power),
+        _method("joint-output-steps", "joint, by outputs, five steps", data=_outputs, steps=5),
         _method("joint-1.5", "joint, power 1.5", data=_power),
         _method("joint-1.5-steps", "joint, power 1.5, five steps", data=_power, steps=5),
         _method("halp-scored", "HALP, our scores", solver="halp"),
@@ -194,6 +227,7 @@ METHODS: dict[str, Method] = {
         _method("joint-magnitude", "joint, without data", data=_magnitude, seeded=False),
         _method("joint-keep-blocks", "joint, no block dropped", drop_blocks=False),
         _method("joint-candidates", "joint, three powers tried", candidates=3),
+        Method("joint-tried", "joint, six candidates, each trained a little", _tried),
         Method("joint-gradual", "joint, while training", _gradual),
         Method("joint-distilled", "joint, distilled", _ours, recovery="distilled"),
         Method("joint-plain", "joint, not distilled", _ours, recovery="plain"),
@@ -209,10 +243,11 @@ METHODS: dict[str, Method] = {
 }
 
 _NAMES = list(METHODS)
+_PARTS, _SCORES = _NAMES.index("joint-taylor"), _NAMES.index("joint-normalised")
 SETS: dict[str, tuple[str, ...]] = {
-    "main": tuple(_NAMES[:8]),
-    "parts": ("joint", "halp", *_NAMES[8:20]),
-    "scores": ("joint", *_NAMES[20:]),
+    "main": tuple(_NAMES[:_PARTS]),
+    "parts": ("joint", "halp", *_NAMES[_PARTS:_SCORES]),
+    "scores": ("joint", *_NAMES[_SCORES:]),
 }
 
 
