@@ -301,17 +301,32 @@ def _forward(
     module: fx.GraphModule, batch: Any, probes: Sequence[_Probe]
 ) -> list[tuple[int, torch.Tensor]]:
     """The scalars of each probe, by its position, for one minibatch."""
-    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    several = isinstance(batch, (tuple, list))
+    pair = several and len(batch) == 2
     if not pair and any(probe.needs_target for probe in probes):
         raise InputError(
             f"a batch of data must be a pair (inputs, target), not {type(batch).__name__}"
+        )
+    if several and len(batch) not in (1, 2):
+        raise InputError(
+            "a batch of data must be a pair (inputs, target) or inputs alone, not "
+            f"{len(batch)} things: put several inputs in a tuple, ((a, b), target)"
         )
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     target = batch[1] if pair else None
     if isinstance(target, torch.Tensor):
         target = target.to(device)
     with torch.enable_grad():
-        output = module(*inputs_of(batch, device))
+        try:
+            output = module(*inputs_of(batch, device))
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[:1]
+            raise InputError(
+                "the network can't be run on a batch of data: "
+                f"{type(error).__name__}: {''.join(reason)}"
+            ) from error
         return [
             (which, value)
             for which, probe in enumerate(probes)

@@ -225,6 +225,8 @@ def test_scores_by_outputs_are_the_squared_change_of_the_outputs() -> None:
     expected = (squared_changes(model, batch[0]) / squares).numpy()
     np.testing.assert_allclose(by_name(groups, found)["conv"], expected, rtol=0.15)
     assert (found.method, found.data_free) == ("output", False)
+    again = score(groups, [[batch[0]]] * 400)  # as a loader of a dataset of one tensor gives it
+    np.testing.assert_array_equal(found.scores[0], again.scores[0])
     again = score(groups, [batch] * 400, method="output")  # targets are not looked at
     np.testing.assert_array_equal(found.scores[0], again.scores[0])
 
@@ -332,6 +334,9 @@ def test_dead_groups_are_refused_small_ones_are_not() -> None:
     [
         ({"data": [], "method": "fisher"}, "'fisher' needs a loss: pass loss=.*'output', which"),
         ({"data": []}, "data has no batches"),
+        ({"data": [(1, 2, 3)]}, "a pair .inputs, target. or inputs alone, not 3 things"),
+        ({"data": [{"x": 1}]}, "the network can't be run on a batch of data: TypeError"),
+        ({"data": [torch.rand(2, 5, 6, 6)]}, "can't be run on a batch of data: RuntimeError"),
         ({"method": "output"}, "the saliency 'output' needs data: pass"),
         ({"method": "taylor"}, "needs data and loss"),
         ({"method": "fisher"}, "needs data and loss"),
