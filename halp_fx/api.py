@@ -56,17 +56,18 @@ def compile(
         data: minibatches to score channels by: `(inputs, target)`, or inputs alone where there is
             no `loss`. None: channels are scored by their weights alone, which is the weaker score.
         loss: `loss(output, target)`. None: channels are scored by how much the network's outputs
-            change without them, for which no targets are needed.
+            change without them, for which no targets are needed; else by the loss as well.
         latency: what a width costs. None measures this device with PyTorch, keeping the table;
             "torch", "onnxruntime" or "analytic" name a back-end; a back-end with options, as
             `halp_fx.latency.OnnxRuntime(threads=1)`; the path of a table; a `LatencyTable`. A table
             of another device is refused: see `halp_fx.latency.resolve_backend`.
-        saliency: "fisher" (mean squares of the first-order change of the loss; the default with a
-            loss), "taylor" (HALP's: its mean absolute values), "taylor1.5" (between the two),
-            "output" (mean squares of the change of the outputs; the default with data alone;
-            "output1.75", "output1.5" and "output1" are between them and mean absolute values),
-            "magnitude", or a callable that takes the `ChannelGroups` and returns group name ->
-            scores (units,).
+        saliency: of the first-order change of the loss, "fisher" (mean squares), "taylor" (HALP's:
+            mean absolute values) or "taylor1.5" (between the two); "output" (mean squares of the
+            change of the outputs, the default with data alone); "both" (the geometric mean of
+            "fisher" and "output", the default with data and loss); "magnitude"; or a callable that
+            takes the `ChannelGroups` and returns group name -> scores (units,). Scores to lower
+            powers, see `halp_fx.passes.saliency.score`: "output1.75", "output1.5", "output1",
+            "both1.75", "both1.5".
         include: only the output channels of these modules and parameters may go: a glob over
             names ("layer1" takes in all below it, "*.conv2"), several, or a callable
             `(parameter name, dim) -> bool`. Norms, biases and depthwise convolutions follow the

@@ -22,12 +22,11 @@ from halp_fx.passes.rules.structure import named_tensors
 from halp_fx.types import ChannelGroups, FloatArray, Group, Plan, Saliency
 
 __all__ = [
+    "BY_BOTH",
     "BY_DATA",
     "BY_LOSS",
     "BY_OUTPUTS",
-    "DEFAULT_LOSS",
-    "DEFAULT_OUTPUTS",
-    "default_method",
+    "DEFAULT",
     "score",
     "score_survivors",
 ]
@@ -35,12 +34,17 @@ __all__ = [
 # Method -> the exponent of a minibatch's first-order change of the loss.
 BY_LOSS = {"fisher": 2.0, "taylor1.5": 1.5, "taylor": 1.0}
 # Method -> the exponent of that of the outputs.
-BY_OUTPUTS = {"output": 2.0, "output1.5": 1.5, "output1.75": 1.75, "output1": 1.0}
-BY_DATA = (*BY_OUTPUTS, *BY_LOSS)
-# In this order they are tried as candidates.
-_OTHERS = ("output", "output1.5", "taylor1.5", "fisher", "output1.75", "taylor", "output1")
+BY_OUTPUTS = {"output": 2.0, "output1.75": 1.75, "output1.5": 1.5, "output1": 1.0}
+# Method -> the exponent of the geometric mean of the two.
+BY_BOTH = {"both": 2.0, "both1.75": 1.75, "both1.5": 1.5}
+DEFAULT = "both"  # with data and a loss
+BY_DATA = (*BY_BOTH, *BY_OUTPUTS, *BY_LOSS)
 _METHODS = (*BY_DATA, "magnitude")
-DEFAULT_LOSS, DEFAULT_OUTPUTS = "fisher", "output"
+# In this order they are tried as candidates.
+_OTHERS = (
+    "both", "output1.5", "both1.5", "output", "taylor1.5", "output1.75", "fisher", "both1.75",
+    "taylor", "output1",
+)  # fmt: skip
 _SIGNS = 4  # random projections of the outputs of a minibatch
 
 _FEW = 4  # units below which a group may be worth nothing: a few dead channels are common
@@ -66,10 +70,9 @@ def score(
 
     Of the loss:
 
-    - "fisher", the default with a loss: the mean of `t ** 2` (Molchanov et al., CVPR 2019,
-      equation 8; of coupled channels Liu et al., *Group Fisher Pruning*, ICML 2021). Half of it
-      is the second-order change near a minimum, with the Fisher information of minibatches for
-      the Hessian.
+    - "fisher": the mean of `t ** 2` (Molchanov et al., CVPR 2019, equation 8; of coupled channels
+      Liu et al., *Group Fisher Pruning*, ICML 2021). Half of it is the second-order change near a
+      minimum, with the Fisher information of minibatches for the Hessian.
     - "taylor", HALP's (NeurIPS 2022, section 3.1): the mean of `|t|`.
     - "taylor1.5": the mean of `|t| ** 1.5`, between the two.
 
@@ -81,6 +84,11 @@ def score(
       to its root mean square. Of a network that has learnt its training images by heart, the loss
       has hardly a gradient left there; its outputs do.
     - "output1.75", "output1.5", "output1": those means to the power of 0.875, 0.75, 0.5.
+
+    Of both:
+
+    - "both", the default with a loss: the geometric mean of "fisher" and "output".
+    - "both1.75", "both1.5": it to the power of 0.875, 0.75.
 
     All rank the channels of a group much alike. The exponent says how much many small channels
     count against a few large ones of another group, and which is best differs between networks.
@@ -98,7 +106,7 @@ def score(
         loss: `loss(output, target)` -> scalar tensor.
         both: score by the loss and by the outputs, as others besides `method`.
         method: one of these names, "magnitude", or a callable that takes the groups and returns
-            a dict (group name -> scores) or a list of arrays, one (units,) a group. None: "fisher"
+            a dict (group name -> scores) or a list of arrays, one (units,) a group. None: "both"
             with a loss, "output" with data alone, else "magnitude".
 
     Raises:
@@ -116,17 +124,19 @@ def score(
     if method in BY_DATA and data is None:
         needs = "data" if method in BY_OUTPUTS else "data and loss"
         raise InputError(f"the saliency {method!r} needs {needs}: pass them, or 'magnitude'")
-    if method in BY_LOSS and loss is None:
+    if (method in BY_LOSS or method in BY_BOTH) and loss is None:
         raise InputError(
             f"the saliency {method!r} needs a loss: pass loss=callable(output, target), or "
-            f"saliency={DEFAULT_OUTPUTS!r}, which needs none"
+            "saliency='output', which needs none"
         )
     if data is None or method == "magnitude":
         return _checked(groups, _magnitude(groups), "magnitude", True)
-    method = method or default_method(loss)
     module = _private_copy(groups.traced.module)
     sources = [_scored_members(groups, g, module) for g in groups.groups]
-    found = _by_gradients(groups, module, sources, data, _probes(method, loss, both), progress)
+    probes = _probes(method or _default(loss), loss, both)
+    found = _by_gradients(groups, module, sources, data, probes, progress)
+    if method is None:
+        method = _default(loss) if _default(loss) in found else "fisher"
     chosen = _checked(groups, found[method], method, False)
     others = {name: tuple(found[name]) for name in _OTHERS if name in found and name != method}
     return replace(chosen, others=others)
@@ -167,7 +177,7 @@ def score_survivors(
             members.append((name, dim, place))
         sources.append(members)
     counts = [len(units) for units in plan.units]
-    method = method or default_method(loss)
+    method = method or _default(loss)
     probes = _probes(method, loss, both=False)
     found = _by_gradients(groups, module, sources, data, probes, None, counts)
 
@@ -184,9 +194,8 @@ def score_survivors(
     return Saliency(scores, method, False, others)
 
 
-def default_method(loss: Loss | None) -> str:
-    """How channels are scored by data where nothing is said."""
-    return DEFAULT_OUTPUTS if loss is None else DEFAULT_LOSS
+def _default(loss: Loss | None) -> str:
+    return "output" if loss is None else DEFAULT
 
 
 @dataclass(frozen=True)
@@ -197,16 +206,20 @@ class _Probe:
     power: float | None  # of changes, before the mean; None: that of each method
     powers: Mapping[str, float]  # method -> exponent in all
     needs_target: bool
+    optional: bool  # whether it may be left out where it has no scalars
 
 
 def _probes(method: str, loss: Loss | None, both: bool) -> list[_Probe]:
     found = []
+    both = both or method in BY_BOTH
     if method in BY_LOSS or (both and loss is not None):
         assert loss is not None
-        found.append(_Probe(_of_loss(loss), None, BY_LOSS, needs_target=True))
+        found.append(_Probe(_of_loss(loss), None, BY_LOSS, needs_target=True, optional=False))
     if method in BY_OUTPUTS or both:
         # Signs are random: only the mean squares of their projections say something.
-        found.append(_Probe(_projections(), 2.0, BY_OUTPUTS, needs_target=False))
+        optional = method not in BY_OUTPUTS
+        scalars = _projections(optional)
+        found.append(_Probe(scalars, 2.0, BY_OUTPUTS, needs_target=False, optional=optional))
     return found
 
 
@@ -249,6 +262,8 @@ def _by_gradients(
         raise InputError("data has no batches: pass at least one (inputs, target)")
     means: dict[str, list[FloatArray]] = {}
     for each in sums:
+        if each.probe.optional and not each.seen:
+            continue
         for group, count in zip(groups.groups, each.used, strict=True):
             if count == 0:
                 raise SaliencyError(
@@ -256,6 +271,10 @@ def _by_gradients(
                     "batches: check the data and the loss for NaN or infinity"
                 )
         means |= each.means()
+    if "fisher" in means and "output" in means:
+        pairs = zip(means["fisher"], means["output"], strict=True)
+        middle = [np.sqrt(by_loss) * np.sqrt(by_outputs) for by_loss, by_outputs in pairs]
+        means |= {method: [m ** (power / 2) for m in middle] for method, power in BY_BOTH.items()}
     return means
 
 
@@ -267,8 +286,10 @@ class _Sums:
         powers = probe.powers.values() if probe.power is None else (probe.power,)
         self.totals = {power: [np.zeros(n) for n in units] for power in powers}
         self.used = [0] * len(units)
+        self.seen = False
 
     def add(self, group: int, change: FloatArray) -> None:
+        self.seen = True
         if np.isfinite(change**2).all():
             for power, totals in self.totals.items():
                 totals[group] += change**power
@@ -350,13 +371,15 @@ def _of_loss(loss: Loss) -> Callable[[Any, Any], list[torch.Tensor]]:
     return scalars
 
 
-def _projections() -> Callable[[Any, Any], list[torch.Tensor]]:
+def _projections(optional: bool) -> Callable[[Any, Any], list[torch.Tensor]]:
     """The outputs on random signs, which are the same in every run."""
     generator = torch.Generator().manual_seed(0)
 
     def scalars(output: Any, target: Any) -> list[torch.Tensor]:
         del target
         tensors = [t for t in float_tensors(output) if t.requires_grad and t.numel()]
+        if not tensors and optional:
+            return []
         if not tensors:
             raise InputError(
                 "no output of the network has a gradient: pass a loss, or saliency='magnitude'"

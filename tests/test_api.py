@@ -190,7 +190,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown saliency": (
         {"saliency": "entropy"},
         InputError,
-        "saliency='entropy' is not known: pass 'output', .*'fisher', 'taylor1.5', 'taylor', 'magn",
+        "saliency='entropy' is not known: pass 'both', .*'fisher', 'taylor1.5', 'taylor', 'magn",
     ),
     "loss without a gradient: argmax": (
         {"data": batches(), "loss": lambda output, target: output.argmax(1).float().mean()},

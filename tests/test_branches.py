@@ -24,8 +24,9 @@ from halp_fx.passes.trace import trace
 from halp_fx.types import LatencyModel
 from tests import oracle
 
-# Scores of the same data that are tried besides "fisher".
-OTHERS = ["output", "output1.5", "taylor1.5", "output1.75", "taylor", "output1"]
+# Scores of the same data that are tried besides "both".
+OTHERS = ["output1.5", "both1.5", "output", "taylor1.5", "output1.75", "fisher", "both1.75",
+          "taylor", "output1"]  # fmt: skip
 
 
 class Block(nn.Module):
@@ -152,19 +153,19 @@ def test_candidates_keep_the_least_loss() -> None:
     assert plan.predicted_ms <= plan.budget_ms
     assert 0 <= plan.gap < 1
     oracle.assert_exact(model, pruned, (x,))
-    assert plan.report["saliency"] == ("fisher", *OTHERS)[plan.report["candidate"]]
+    assert plan.report["saliency"] == ("both", *OTHERS)[plan.report["candidate"]]
     single = halp_fx.plan_of(halp_fx.compile(model, 0.5, x, **options))
-    assert single.report["saliency"] == "fisher"
+    assert single.report["saliency"] == "both"
 
 
 def test_candidates_are_by_other_scores_first() -> None:
     model, x = network()
     groups = find_groups(trace(model, x))
     data = batches()
-    for both, others in ((False, ["taylor1.5", "taylor"]), (True, OTHERS)):
-        scores = score(groups, data, F.cross_entropy, both=both)
+    for method, both, others in (("fisher", False, ["taylor1.5", "taylor"]), (None, True, OTHERS)):
+        scores = score(groups, data, F.cross_entropy, method, both=both)
         found = variants(scores, len(others) + 2)
-        perturbed = "fisher, groups perturbed"
+        perturbed = f"{scores.method}, groups perturbed"
         assert [s.method for s in found] == [*others, perturbed, perturbed]
         for given in found[:-2]:
             alone = score(groups, data, F.cross_entropy, given.method).scores
@@ -245,7 +246,7 @@ def test_candidates_in_steps_are_also_tried_at_once() -> None:
     report = halp_fx.plan_of(pruned).report
     # In steps by two others; at once by the first and by them.
     steps = [3, 3, 3, 1, 1][report["candidate"]]
-    methods = ["fisher", "output", "output1.5", "fisher", "output"]
+    methods = ["both", "output1.5", "both1.5", "both", "output1.5"]
     assert (report["steps"], report["saliency"]) == (steps, methods[report["candidate"]])
     assert len(asked) >= 3
     oracle.assert_exact(model, pruned, (x,))

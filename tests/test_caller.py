@@ -122,7 +122,7 @@ def test_works_under_inference_mode() -> None:
         pruned = halp_fx.compile(
             chain(), 0.6, torch.zeros(2, 3, 12, 12), data=data, loss=loss, latency="analytic"
         )
-    assert halp_fx.plan_of(pruned).report["saliency"] == "fisher"
+    assert halp_fx.plan_of(pruned).report["saliency"] == "both"
 
 
 def test_the_certificate_holds_for_the_budget_that_was_asked_for(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from halp_fx.errors import InputError, SaliencyError
 from halp_fx.passes.groups import find_groups
-from halp_fx.passes.saliency import score
+from halp_fx.passes.saliency import BY_DATA, score
 from halp_fx.passes.trace import trace
 from halp_fx.types import ChannelGroups, Saliency
 from tests import oracle
@@ -90,11 +90,11 @@ def test_scores_on_batch_norm_by_hand(method: str) -> None:
     assert (found.method, found.data_free) == (method, False)
 
 
-def test_data_are_scored_by_fisher_where_nothing_is_said() -> None:
+def test_data_are_scored_by_both_where_nothing_is_said() -> None:
     model, data = make(), batches(3)
     groups = find_groups(trace(model, data[0][0]))
-    found, named = (score(groups, data, F.cross_entropy, m) for m in (None, "fisher"))
-    assert found.method == "fisher"
+    found, named = (score(groups, data, F.cross_entropy, m) for m in (None, "both"))
+    assert found.method == "both"
     for one, two in zip(found.scores, named.scores, strict=True):
         np.testing.assert_array_equal(one, two)
 
@@ -156,12 +156,12 @@ def test_batches_that_are_not_finite_are_skipped() -> None:
     groups = find_groups(trace(model, good[0][0]))
     bad = good[0][0].clone()
     bad[0, 0, 0, 0] = math.inf
-    mixed = score(groups, [good[0], (bad, good[0][1]), good[1]], F.cross_entropy)
-    clean = score(groups, good, F.cross_entropy)
+    mixed = score(groups, [good[0], (bad, good[0][1]), good[1]], F.cross_entropy, "fisher")
+    clean = score(groups, good, F.cross_entropy, "fisher")
     for one, two in zip(mixed.scores, clean.scores, strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-12)
     with pytest.raises(SaliencyError, match="group 'conv' is not finite in any of 2 batches"):
-        score(groups, [(bad, good[0][1])] * 2, F.cross_entropy)
+        score(groups, [(bad, good[0][1])] * 2, F.cross_entropy, "fisher")
 
 
 def test_data_is_scored_in_eval_mode_and_leaves_statistics_alone() -> None:
@@ -203,7 +203,7 @@ def test_data_may_be_a_generator_and_inputs_a_tuple() -> None:
         groups, data(), F.cross_entropy, progress=lambda done, total: seen.append((done, total))
     )
     assert seen == [(1, 1), (2, 2)]
-    assert found.method == "fisher"
+    assert found.method == "both"
 
 
 def squared_changes(model: TwoLayers, inputs: Tensor) -> Tensor:
@@ -241,6 +241,42 @@ def test_other_exponents_of_the_scores_by_outputs() -> None:
         alone = score(groups, data, F.cross_entropy, name)
         assert alone.method == name
         np.testing.assert_array_equal(alone.scores[0], found.others[name][0])
+
+
+def test_scores_by_both_are_geometric_means() -> None:
+    model, data = make(), batches(3)
+    groups = find_groups(trace(model, data[0][0]))
+    found = score(groups, data, F.cross_entropy)
+    by_loss = score(groups, data, F.cross_entropy, "fisher").scores[0]
+    by_outputs = score(groups, data, method="output").scores[0]
+    np.testing.assert_allclose(found.scores[0] ** 2, by_loss * by_outputs)
+    np.testing.assert_allclose(found.others["both1.5"][0], found.scores[0] ** 0.75)
+    # Of one pass over the data all scores are there.
+    assert set(found.others) | {"both"} == set(BY_DATA)
+    np.testing.assert_allclose(found.others["output"][0], by_outputs)
+
+
+def test_the_loss_alone_counts_where_outputs_have_no_gradient() -> None:
+    model, data = make(), batches(2)
+    groups = find_groups(trace(model, data[0][0]))
+    module = groups.traced.module
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    with torch.no_grad():
+        expected = score(groups, data, F.cross_entropy, "fisher").scores[0]
+
+    class Hidden:
+        """No container: what is in it is not looked for."""
+
+        def __init__(self, value: Tensor) -> None:
+            self.value = value
+
+    inner = output.args[0]
+    with module.graph.inserting_before(output):
+        output.args = (module.graph.call_function(Hidden, (inner,)),)
+    module.recompile()
+    found = score(groups, data, lambda out, target: F.cross_entropy(out.value, target))
+    assert found.method == "fisher"
+    np.testing.assert_allclose(found.scores[0], expected)
 
 
 class TwoOutputs(nn.Module):
@@ -342,7 +378,7 @@ def test_dead_groups_are_refused_small_ones_are_not() -> None:
         ({"method": "fisher"}, "needs data and loss"),
         (
             {"method": "entropy"},
-            "'entropy' is not known: pass 'output', .*'fisher', 'taylor1.5', 'taylor'",
+            "'entropy' is not known: pass 'both', .*'output', .*'fisher', 'taylor1.5'",
         ),
         ({"data": [], "loss": F.cross_entropy}, "data has no batches"),
         ({"data": ["a"], "loss": F.cross_entropy}, "must be a pair .inputs, target., not str"),

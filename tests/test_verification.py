@@ -96,7 +96,7 @@ def test_the_report_of_candidates_outlives_the_verification(model: nn.Module) ->
     report = halp_fx.plan_of(pruned).report
     assert report["measured_rounds"] > 1  # so it was chosen again
     assert len(report["candidate_losses"]) == 4
-    methods = ("fisher", "taylor1.5", "taylor", "fisher, groups perturbed")
+    methods = ("both", "output1.5", "both1.5", "output")
     assert report["saliency"] == methods[report["candidate"]]
 
 

@@ -16,7 +16,7 @@ from halp_fx.cores.put_back import put_back
 from halp_fx.cores.whole import scores_of_whole
 from halp_fx.errors import InputError
 from halp_fx.latency import Stored, resolve_backend
-from halp_fx.passes.saliency import BY_LOSS, BY_OUTPUTS
+from halp_fx.passes.saliency import BY_BOTH, BY_LOSS, BY_OUTPUTS
 from halp_fx.types import Plan
 
 __all__ = ["Compile", "prune_parts", "with_outside"]
@@ -56,7 +56,7 @@ def prune_parts(
             "data was given without loss, which the core of a model needs: pass "
             "loss=callable(output, target)"
         )
-    if isinstance(saliency, str) and saliency in BY_OUTPUTS:
+    if isinstance(saliency, str) and saliency in (*BY_BOTH, *BY_OUTPUTS):
         raise InputError(
             f"saliency={saliency!r} is not known for the core of a model, whose own output is no "
             "tensor to differentiate: leave it out, or pass 'fisher', 'taylor1.5' or 'taylor'"

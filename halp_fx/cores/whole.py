@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from halp_fx.passes.saliency import default_method, score
+from halp_fx.passes.saliency import score
 from halp_fx.types import ChannelGroups, FloatArray
 
 __all__ = ["scores_of_whole"]
@@ -32,7 +32,7 @@ def scores_of_whole(
     def scores(groups: ChannelGroups) -> list[FloatArray]:
         whole: Any = model  # has the tensors of the graph under the same names
         traced = replace(groups.traced, module=whole)
-        return list(score(replace(groups, traced=traced), data, loss, method).scores)
+        return list(score(replace(groups, traced=traced), data, loss, method or "fisher").scores)
 
-    scores.__name__ = method or default_method(loss)  # for the report
+    scores.__name__ = method or "fisher"  # for the report
     return scores

@@ -16,7 +16,6 @@ from halp_fx.passes.latency import price
 from halp_fx.passes.rules.scope import Selection
 from halp_fx.passes.rules.widths import Widths
 from halp_fx.passes.rules.wrappers import unwrapped
-from halp_fx.passes.saliency import DEFAULT_LOSS
 from halp_fx.passes.select import check_solver
 from halp_fx.training.arguments import (
     Optimizers,
@@ -119,7 +118,7 @@ class GradualPruner:
         min_width: int | Mapping[str, int] = 0,
         round_to: int | Mapping[str, int] | None = None,
         soft: bool = False,
-        saliency: str = DEFAULT_LOSS,
+        saliency: str = "fisher",
         smoothing: float | None = None,
         verify: bool = True,
         wrap: Wrap | None = None,

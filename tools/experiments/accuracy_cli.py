@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from halp_fx.errors import InputError
 from halp_fx.latency import Backend, LatencyTable, OnnxRuntime, Source
-from halp_fx.passes.saliency import DEFAULT_LOSS
+from halp_fx.passes.saliency import DEFAULT
 from halp_fx.tools.console import DebugOption, err, out
 from halp_fx.tools.experiments import cifar, imagenet
 from halp_fx.tools.experiments.accuracy_data import Images, data_folder, pillow
@@ -142,7 +142,7 @@ def experiment(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: there is no CUDA device here; use cpu")
     digest = settings.digest(
-        backend.fingerprint(), device.partition(":")[0], str(latency_batch), DEFAULT_LOSS
+        backend.fingerprint(), device.partition(":")[0], str(latency_batch), DEFAULT
     )
     journal = Journal(directory / "records.jsonl", digest)
     matplotlib_figure()

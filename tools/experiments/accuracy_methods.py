@@ -64,6 +64,10 @@ def _small_batches(task: Task, seed: int) -> Mapping[str, Any]:
     return {"data": task.scoring(seed, batch=8), "loss": task.loss}
 
 
+def _fisher(task: Task, seed: int) -> Mapping[str, Any]:
+    return {**_by_data(task, seed), "saliency": "fisher"}
+
+
 def _outputs(task: Task, seed: int) -> Mapping[str, Any]:
     return {**_by_data(task, seed), "saliency": "output"}
 
@@ -130,8 +134,7 @@ def _ours(
 
 def _tried(task: Task, budget: float, seed: int) -> Candidate:
     """Candidates in steps and at once, compared after a short training on images kept for it."""
-    options: dict[str, Any] = {"data": _outputs, "steps": _STEPS}
-    knob = _ours(task, budget, seed, **options).knob
+    knob = _ours(task, budget, seed).knob
 
     def evaluate(network: nn.Module) -> float:
         trial = deepcopy(network).to(task.device)
@@ -142,7 +145,7 @@ def _tried(task: Task, budget: float, seed: int) -> Candidate:
 
     prepared = prepare(
         task.dense, task.example, latency=task.source, verify=False, steps=_STEPS,
-        candidates=_CANDIDATES, evaluate=evaluate, **_outputs(task, seed),
+        candidates=_CANDIDATES, evaluate=evaluate, **_by_data(task, seed),
     )  # fmt: skip
     variant = Variant("", lambda share: prepared.prune(Budget(share=share)), knob)
     return searched(task, budget, [variant], seed, tries=_TRIES)
@@ -216,6 +219,7 @@ METHODS: dict[str, Method] = {
         _peer("tp-taylor-global", "Torch-Pruning, Taylor, global", "taylor", True),
         # The value of each part.
         _method("joint-taylor", "joint, HALP's scores", data=_halp_taylor),
+        _method("joint-fisher", "joint, by the loss", data=_fisher),
         _method("joint-output", "joint, by outputs", data=_outputs),
         _method("joint-output-1.5", "joint, by outputs, power 1.5", data=_outputs_power),
         _method("joint-output-steps", "joint, by outputs, five steps", data=_outputs, steps=5),

@@ -21,7 +21,7 @@ import halp_fx
 from halp_fx.errors import InfeasibleError, InputError
 from halp_fx.latency import Source, measure_paired
 from halp_fx.passes.latency import price
-from halp_fx.passes.saliency import DEFAULT_LOSS
+from halp_fx.passes.saliency import DEFAULT
 from halp_fx.tools.experiments.accuracy_task import to_latency
 from halp_fx.tools.experiments.task import Task
 from halp_fx.tools.experiments.training import Recipe, train
@@ -65,7 +65,7 @@ class Settings:
             **tune,
             "score_batches": self.score_batches,
             "recalibration_batches": self.recalibration_batches,
-            "scores": DEFAULT_LOSS,  # what methods without scores of their own take
+            "scores": DEFAULT,  # what methods without scores of their own take
             "backend": source.backend.name,
             **task.facts(),
             "test_images": task.test_count(),
