@@ -133,7 +133,8 @@ def score(
         return _checked(groups, _magnitude(groups), "magnitude", True)
     module = _private_copy(groups.traced.module)
     sources = [_scored_members(groups, g, module) for g in groups.groups]
-    probes = _probes(method or _default(loss), loss, both)
+    optional = method is None or method in BY_LOSS
+    probes = _probes(method or _default(loss), loss, both, optional=optional)
     found = _by_gradients(groups, module, sources, data, probes, progress)
     if method is None:
         method = _default(loss) if _default(loss) in found else "fisher"
@@ -178,7 +179,7 @@ def score_survivors(
         sources.append(members)
     counts = [len(units) for units in plan.units]
     method = method or _default(loss)
-    probes = _probes(method, loss, both=False)
+    probes = _probes(method, loss, both=False, optional=False)
     found = _by_gradients(groups, module, sources, data, probes, None, counts)
 
     def of_all(scores: Sequence[FloatArray]) -> tuple[FloatArray, ...]:
@@ -209,7 +210,8 @@ class _Probe:
     optional: bool  # whether it may be left out where it has no scalars
 
 
-def _probes(method: str, loss: Loss | None, both: bool) -> list[_Probe]:
+def _probes(method: str, loss: Loss | None, both: bool, *, optional: bool) -> list[_Probe]:
+    """By the loss, the outputs or both; with `optional`, without the outputs if need be."""
     found = []
     both = both or method in BY_BOTH
     if method in BY_LOSS or (both and loss is not None):
@@ -217,7 +219,7 @@ def _probes(method: str, loss: Loss | None, both: bool) -> list[_Probe]:
         found.append(_Probe(_of_loss(loss), None, BY_LOSS, needs_target=True, optional=False))
     if method in BY_OUTPUTS or both:
         # Signs are random: only the mean squares of their projections say something.
-        optional = method not in BY_OUTPUTS
+        optional = optional and loss is not None
         scalars = _projections(optional)
         found.append(_Probe(scalars, 2.0, BY_OUTPUTS, needs_target=False, optional=optional))
     return found
@@ -382,7 +384,8 @@ def _projections(optional: bool) -> Callable[[Any, Any], list[torch.Tensor]]:
             return []
         if not tensors:
             raise InputError(
-                "no output of the network has a gradient: pass a loss, or saliency='magnitude'"
+                "no output of the network has a gradient: pass a loss and saliency='fisher', or "
+                "saliency='magnitude'"
             )
         values = []
         for _ in range(_SIGNS):

@@ -274,9 +274,17 @@ def test_the_loss_alone_counts_where_outputs_have_no_gradient() -> None:
     with module.graph.inserting_before(output):
         output.args = (module.graph.call_function(Hidden, (inner,)),)
     module.recompile()
-    found = score(groups, data, lambda out, target: F.cross_entropy(out.value, target))
-    assert found.method == "fisher"
-    np.testing.assert_allclose(found.scores[0], expected)
+
+    def loss(out: Any, target: Tensor) -> Tensor:
+        return F.cross_entropy(out.value, target)
+
+    for method in (None, "fisher"):
+        found = score(groups, data, loss, method, both=True)
+        assert found.method == "fisher"
+        assert list(found.others) == ["taylor1.5", "taylor"]
+        np.testing.assert_allclose(found.scores[0], expected)
+    with pytest.raises(InputError, match="no output of the network has a gradient"):
+        score(groups, data, loss, "both")
 
 
 class TwoOutputs(nn.Module):
@@ -306,7 +314,9 @@ def test_outputs_without_a_gradient_are_refused() -> None:
         def forward(self, x: Tensor) -> Any:
             return super().forward(x).argmax(1)
 
-    with pytest.raises(InputError, match="no output of the network has a gradient: pass a loss"):
+    with pytest.raises(
+        InputError, match="no output of the network has a gradient: pass a loss and"
+    ):
         score(groups_of(Decides()), [torch.rand(2, 3, 6, 6)])
 
 

@@ -230,7 +230,7 @@ METHODS: dict[str, Method] = {
         _method("uniform-scored", "uniform, our scores", solver="uniform", widths=(None, 1, 4, 8)),
         _method("joint-magnitude", "joint, without data", data=_magnitude, seeded=False),
         _method("joint-keep-blocks", "joint, no block dropped", drop_blocks=False),
-        _method("joint-candidates", "joint, three powers tried", candidates=3),
+        _method("joint-candidates", "joint, three candidates", candidates=3),
         Method("joint-tried", "joint, six candidates, each trained a little", _tried),
         Method("joint-gradual", "joint, while training", _gradual),
         Method("joint-distilled", "joint, distilled", _ours, recovery="distilled"),
