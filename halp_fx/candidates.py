@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from halp_fx.errors import HalpError, InputError
-from halp_fx.minibatches import float_tensors, inputs_of
+from halp_fx.minibatches import device_of, float_tensors, inputs_of, target_of
 from halp_fx.passes.rewrite import rewrite
 from halp_fx.passes.rules.structure import named_tensors, substitute_copy
 from halp_fx.recalibrate import recalibrate
@@ -135,18 +135,18 @@ def _by_loss(
 ) -> Evaluate:
     """Minus the loss on data."""
     module = plan.groups.traced.module
-    aims, measure = [_target(module, batch) for batch in batches], loss
+    aims, measure = [target_of(batch, device_of(module)) for batch in batches], loss
     if measure is None:
         # Shares the tensors, not the modes.
         dense = substitute_copy(module, {id(t): t for _, t in named_tensors(module)}).eval()
         aims, measure = [_output(dense, batch) for batch in batches], _difference
 
+    @torch.no_grad()
     def value(network: fx.GraphModule) -> float:
         network.eval()
         total = 0.0
         for batch, aim in zip(batches, aims, strict=True):
-            with torch.no_grad():
-                total += float(measure(_output(network, batch), aim))
+            total += float(measure(_output(network, batch), aim))
         return -total / len(batches)
 
     return value
@@ -154,16 +154,7 @@ def _by_loss(
 
 def _output(network: nn.Module, batch: Any) -> Any:
     with torch.no_grad():
-        return network(*inputs_of(batch, _device_of(network)))
-
-
-def _target(network: nn.Module, batch: Any) -> Any:
-    given = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
-    return given.to(_device_of(network)) if isinstance(given, torch.Tensor) else given
-
-
-def _device_of(network: nn.Module) -> torch.device:
-    return next((p.device for p in network.parameters()), torch.device("cpu"))
+        return network(*inputs_of(batch, device_of(network)))
 
 
 def _difference(output: Any, dense: Any) -> torch.Tensor:

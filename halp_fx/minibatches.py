@@ -1,13 +1,19 @@
-"""What goes into a network from a minibatch, and the numbers that come out."""
+"""What goes into a network from a minibatch, where to, and the numbers that come out."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["float_tensors", "inputs_of"]
+__all__ = ["device_of", "float_tensors", "inputs_of", "target_of"]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the parameters are; the CPU where there are none."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def inputs_of(batch: Any, device: torch.device) -> tuple[Any, ...]:
@@ -15,6 +21,12 @@ def inputs_of(batch: Any, device: torch.device) -> tuple[Any, ...]:
     given = batch[0] if isinstance(batch, (tuple, list)) else batch
     items = tuple(given) if isinstance(given, (tuple, list)) else (given,)
     return tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in items)
+
+
+def target_of(batch: Any, device: torch.device) -> Any:
+    """The target of a batch `(inputs, target)`; None of one that has inputs alone."""
+    target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+    return target.to(device) if isinstance(target, torch.Tensor) else target
 
 
 def float_tensors(output: Any) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from halp_fx.errors import InputError
-from halp_fx.minibatches import inputs_of
+from halp_fx.minibatches import device_of, inputs_of
 
 __all__ = ["recalibrate"]
 
@@ -40,7 +40,7 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
     modes = {m: m.training for m in network.modules()}
     momenta = [m.momentum for m in norms]
     saved = [{k: v.clone() for k, v in m.state_dict().items()} for m in norms]
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    device = device_of(network)
     used = 0
     try:
         network.eval()

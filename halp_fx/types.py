@@ -183,7 +183,7 @@ class Saliency:
     """What each unit is worth, comparable across groups."""
 
     scores: tuple[FloatArray, ...]  # one array (units,) a group, at least 0, same order as groups
-    method: str  # "fisher", "taylor1.5", "taylor", "magnitude" or the name of the user's callable
+    method: str  # see `halp_fx.passes.saliency.score`, or the name of the user's callable
     data_free: bool  # True: no data was used, which is the weaker score
     # What other methods say of the same minibatches: method -> scores.
     others: Mapping[str, tuple[FloatArray, ...]] = field(default_factory=dict)

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from halp_fx.errors import InputError, SaliencyError
-from halp_fx.minibatches import float_tensors, inputs_of
+from halp_fx.minibatches import device_of, float_tensors, inputs_of, target_of
 from halp_fx.passes.rules.structure import named_tensors
 from halp_fx.types import ChannelGroups, FloatArray, Group, Plan, Saliency
 
@@ -335,10 +335,8 @@ def _forward(
             "a batch of data must be a pair (inputs, target) or inputs alone, not "
             f"{len(batch)} things: put several inputs in a tuple, ((a, b), target)"
         )
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    target = batch[1] if pair else None
-    if isinstance(target, torch.Tensor):
-        target = target.to(device)
+    device = device_of(module)
+    target = target_of(batch, device)
     with torch.enable_grad():
         try:
             output = module(*inputs_of(batch, device))

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from halp_fx.minibatches import device_of
+
 __all__ = ["split_ms"]
 
 _ROUNDS = 7
@@ -43,7 +45,7 @@ def split_ms(
 
 def _clock(model: nn.Module) -> Callable[[], float]:
     """Milliseconds now, after the device has done what it was given."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
 
     def now() -> float:
         if device.type == "cuda":

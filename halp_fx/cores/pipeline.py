@@ -16,6 +16,7 @@ from halp_fx.cores.put_back import put_back
 from halp_fx.cores.whole import scores_of_whole
 from halp_fx.errors import InputError
 from halp_fx.latency import Stored, resolve_backend
+from halp_fx.minibatches import device_of
 from halp_fx.passes.saliency import BY_BOTH, BY_LOSS, BY_OUTPUTS
 from halp_fx.types import Plan
 
@@ -98,7 +99,7 @@ def with_outside(
     "post_processing_ms" and "post_processing_share" besides. What is outside is measured in eager
     PyTorch; the core in the back-end of the plan.
     """
-    device = next((p.device for p in pruned.parameters()), torch.device("cpu"))
+    device = device_of(pruned)
     backend = resolve_backend(latency, device=device).backend
     if not backend.measured or isinstance(backend, Stored):
         return

@@ -29,10 +29,12 @@ def scores_of_whole(
             the first.
     """
 
+    method = method or "fisher"
+
     def scores(groups: ChannelGroups) -> list[FloatArray]:
         whole: Any = model  # has the tensors of the graph under the same names
         traced = replace(groups.traced, module=whole)
-        return list(score(replace(groups, traced=traced), data, loss, method or "fisher").scores)
+        return list(score(replace(groups, traced=traced), data, loss, method).scores)
 
-    scores.__name__ = method or "fisher"  # for the report
+    scores.__name__ = method  # for the report
     return scores

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from halp_fx.errors import InputError
+from halp_fx.minibatches import device_of
 from halp_fx.training.arguments import check_model
 from halp_fx.training.distillation import Distillation
 from halp_fx.training.pruner import GradualPruner
@@ -131,7 +132,7 @@ def _value_of(
     target: Any,
     loss: Callable[[Any, Any], torch.Tensor] | Distillation,
 ) -> torch.Tensor:
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    device = device_of(network)
     given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     given = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in given)
     aim = target.to(device) if isinstance(target, torch.Tensor) else target

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from halp_fx.minibatches import device_of
 from halp_fx.types import Branch, Extent, Group, TensorSpec, Work
 
 __all__ = ["branch_constant", "find_branches"]
@@ -210,7 +211,7 @@ def branch_constant(
     """What a branch adds when its channels are gone, of the operand's rank, for broadcasting."""
     nodes = {n.name: n for n in module.graph.nodes}
     known: dict[fx.Node, Any] = {}
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    device = device_of(module)
     for node in module.graph.nodes:
         if node.op == "get_attr":
             path, _, leaf = str(node.target).rpartition(".")
