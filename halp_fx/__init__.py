@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from halp_fx import errors, latency, training
 from halp_fx._version import __version__
-from halp_fx.api import compile, plan_of, sweep
+from halp_fx.api import compile, plan_of, reconstruct, sweep
 from halp_fx.budget import Budget
 from halp_fx.core import compile_core, core_of, restore_core
 from halp_fx.knapsack import Solution, Sum, SumTerm, solve
@@ -39,6 +39,7 @@ __all__ = [
     "load",
     "plan_of",
     "recalibrate",
+    "reconstruct",
     "restore_core",
     "save",
     "solve",

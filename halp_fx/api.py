@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -11,13 +12,17 @@ from torch import fx, nn
 from halp_fx.budget import Budget, parse_budget
 from halp_fx.detection import is_detector, prune_detector
 from halp_fx.errors import InputError
+from halp_fx.minibatches import device_of, inputs_of
 from halp_fx.passes.rules.scope import Selection
+from halp_fx.passes.rules.structure import named_tensors
 from halp_fx.passes.rules.wrappers import unwrapped
 from halp_fx.passes.select import check_solver
+from halp_fx.passes.trace import trace
 from halp_fx.pipeline import MIN_SHARE, Progress, prepare
+from halp_fx.reconstruction import MINIBATCHES, Fit, refit
 from halp_fx.types import ChannelGroups, Plan
 
-__all__ = ["compile", "plan_of", "sweep"]
+__all__ = ["compile", "plan_of", "reconstruct", "sweep"]
 
 
 def compile(
@@ -40,6 +45,7 @@ def compile(
     candidates: int = 1,
     evaluate: Callable[[fx.GraphModule], float] | None = None,
     steps: int = 1,
+    reconstruct: bool = False,
     also: Sequence[tuple[Any, float | str | Budget]] = (),
     verify: bool = True,
     progress: Progress | None = None,
@@ -104,6 +110,9 @@ def compile(
         steps: prune in so many steps, of budgets that fall exponentially; between them, batch norms
             are recalibrated and the channels that are left scored anew on up to 64 minibatches of
             `data`, in a copy. Values and `plan.gap` are those of the last.
+        reconstruct: fit the weights that are left to what the dense network computes on `data`, as
+            `halp_fx.reconstruct` does; candidates are compared after it. Without it, weights are
+            those of the dense network, and `recalibrate` is up to you.
         also: further devices or back-ends whose latency is limited too: pairs (latency, budget) as
             the arguments of these names; each budget limits latency alone.
         verify: measure the result beside the dense network, and choose again while it misses a
@@ -148,6 +157,7 @@ def compile(
         "candidates": candidates,
         "evaluate": evaluate,
         "steps": steps,
+        "reconstruct": reconstruct,
         "also": also,
         "verify": verify,
         "progress": progress,
@@ -215,3 +225,94 @@ def plan_of(pruned: nn.Module) -> Plan:
             f"{type(pruned).__name__} has no plan: pass what halp_fx.compile or halp_fx.load gave"
         )
     return cast(Plan, plan)
+
+
+def reconstruct(
+    pruned: fx.GraphModule,
+    dense: nn.Module,
+    data: Iterable[Any],
+    *,
+    minibatches: int | None = None,
+    ridge: float = 1e-3,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Fit]:
+    """Fit the weights of a pruned network to what the dense one computes, without training.
+
+    Layer by layer, in the order in which they run: the weights of each convolution and linear
+    layer become those that, from what the pruned network gives it by then, come nearest to what
+    the dense network has there, by least squares (as in He, Zhang, Sun: Channel Pruning for
+    Accelerating Very Deep Neural Networks, 2017). A residual branch is fitted to what the dense
+    stream is, less the pruned stream before it, so it makes up for blocks that were dropped. Batch
+    norms then give each channel the mean and the variance that it had. No targets are needed.
+
+    Layers that run more than once, share their weights or compute them stay as they are, and so do
+    layers of which nothing was lost. One position in four is kept for checking: where a fit
+    doesn't lessen the error there, the weights stay.
+
+    Args:
+        pruned: what `compile` or `load` gave; its weights, biases and batch norms change in place.
+        dense: the network that it was made from; it is left as it is.
+        data: minibatches as the network is used on: `(inputs, target)` or inputs alone. Some
+            hundred to a few thousand images; more than training on them, it is their number of
+            positions that counts.
+        minibatches: use at most so many; None: 32. As many as fit into about 1 GiB of activations
+            of both networks are held at once; the others join further on, where layers are smaller.
+        ridge: how much the weights keep to what they were: their squared change counts so many
+            times the mean square of an input.
+        progress: called as `progress(done, total)` after each layer.
+
+    Returns:
+        For each layer that was fitted, the squared error on the positions kept for checking,
+        before and after, as a share of the variance.
+
+    Raises:
+        InputError: `pruned` has no plan, `dense` is not the network of that plan, there are no
+            minibatches, or they can't be run.
+
+    Example:
+        >>> import torch, halp_fx
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 8, 3))
+        >>> images = [torch.rand(16, 3, 12, 12) for _ in range(2)]
+        >>> small = halp_fx.compile(net, 0.5, images[0], latency="analytic")
+        >>> fit = halp_fx.reconstruct(small, net, images)["2"]
+        >>> fit.after < fit.before
+        True
+    """
+    plan = plan_of(pruned)
+    dense = unwrapped(dense, stacklevel=3)
+    _check_minibatches(minibatches, ridge)
+    batches = list(itertools.islice(data, MINIBATCHES if minibatches is None else minibatches))
+    if not batches:
+        raise InputError("data has no batches: pass at least one (inputs, target)")
+    if not isinstance(dense, nn.Module):
+        raise InputError(f"dense is a {type(dense).__name__}: pass the network before pruning")
+    _check_dense(pruned, dense, plan)
+    traced = trace(dense, inputs_of(batches[0], device_of(dense)))
+    return refit(pruned, traced.module, plan.kept, batches, ridge=ridge, tell=progress)
+
+
+def _check_dense(pruned: nn.Module, dense: nn.Module, plan: Plan) -> None:
+    """Whether the plan can have been made from this network."""
+    sizes = {name: tuple(tensor.shape) for name, tensor in named_tensors(dense)}
+    for name, tensor in named_tensors(pruned):
+        if name not in plan.kept:
+            continue  # the constant of a branch that was dropped
+        own, before = tuple(tensor.shape), sizes.get(name, ())
+        fits = len(own) == len(before) and all(
+            size == there if index is None else len(index) < there and int(index[-1]) < there
+            for size, there, index in zip(own, before, plan.kept[name], strict=True)
+        )
+        if not fits:
+            raise InputError(
+                f"dense has {name} of shape {sizes.get(name)}, from which {own} can't come: pass "
+                "the network that was given to halp_fx.compile"
+            )
+
+
+def _check_minibatches(minibatches: Any, ridge: Any) -> None:
+    whole = isinstance(minibatches, int) and not isinstance(minibatches, bool)
+    if minibatches is not None and (not whole or minibatches < 1):
+        raise InputError(f"minibatches is {minibatches!r}: pass a whole number of at least 1")
+    if not isinstance(ridge, (int, float)) or not 0 < ridge < float("inf"):
+        raise InputError(f"ridge is {ridge!r}: pass a number above 0, as 1e-3")

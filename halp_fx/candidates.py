@@ -16,6 +16,7 @@ from halp_fx.minibatches import device_of, float_tensors, inputs_of, target_of
 from halp_fx.passes.rewrite import rewrite
 from halp_fx.passes.rules.structure import named_tensors, substitute_copy
 from halp_fx.recalibrate import recalibrate
+from halp_fx.reconstruction import refit
 from halp_fx.types import IntArray, LatencyModel, Plan, Saliency
 
 __all__ = ["Best", "Draft", "Evaluate", "Maker", "best_of", "variants"]
@@ -57,8 +58,10 @@ def best_of(
     loss: Callable[[Any, Any], torch.Tensor] | None,
     progress: Callable[[int, int], None] | None = None,
     evaluate: Evaluate | None = None,
+    *,
+    reconstruct: bool = False,
 ) -> Best:
-    """The draft with the least loss on data, after batch norm recalibration.
+    """The draft with the least loss on data, after batch norm recalibration or reconstruction.
 
     Without a loss, that whose outputs are nearest to the dense network's: the squared difference
     relative to the squared outputs, the mean over all outputs. With `evaluate`, that whose network
@@ -84,7 +87,9 @@ def best_of(
         key = tuple(units.tobytes() for units in draft.plan.units)
         if key not in known:
             network = rewrite(draft.plan)
-            if batches:
+            if reconstruct:
+                refit(network, draft.plan.groups.traced.module, draft.plan.kept, batches)
+            elif batches:
                 recalibrate(network, batches)
             known[key] = value(network)
         values.append(known[key])

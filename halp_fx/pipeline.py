@@ -26,6 +26,7 @@ from halp_fx.passes.rules.widths import Widths
 from halp_fx.passes.saliency import BY_DATA, score
 from halp_fx.passes.select import check_solver, select
 from halp_fx.passes.trace import trace
+from halp_fx.reconstruction import Fit, refit
 from halp_fx.stepwise import check_steps, narrowed, target_at
 from halp_fx.types import ChannelGroups, IntArray, LatencyModel, Plan, Saliency
 from halp_fx.verification import Check, can_measure, verified
@@ -77,6 +78,7 @@ class Prepared:
     candidates: int
     evaluate: Evaluate | None
     steps: int
+    reconstruct: bool
     verify: bool
     tell: Progress
 
@@ -95,7 +97,7 @@ class Prepared:
                 stage("candidates")
                 best = best_of(
                     draft, self._others(limit), costs, self.data, self.loss,
-                    partial(self.tell, "candidates"), self.evaluate,
+                    partial(self.tell, "candidates"), self.evaluate, reconstruct=self.reconstruct,
                 )  # fmt: skip
                 draft, costs, facts = best.draft, best.costs, best.facts
             facts = {"steps": draft.steps, **facts}
@@ -108,6 +110,9 @@ class Prepared:
             else:
                 stage("rewrite")
                 pruned = rewrite(plan)
+            if self.reconstruct:
+                stage("reconstruct")
+                self._reconstruct(pruned)
         plan = pruned.meta["halp_fx"]  # the network should not keep the dense one alive
         pruned.meta["halp_fx"] = replace(plan, groups=plan.groups.without_network())
         return pruned
@@ -164,6 +169,15 @@ class Prepared:
             return self._annotated(again, draft.scores, costs, facts)
 
         return verified(plan, checks, choose, partial(self.tell, "verify"))
+
+    def _reconstruct(self, pruned: fx.GraphModule) -> None:
+        plan: Plan = pruned.meta["halp_fx"]
+        assert self.data is not None
+        fits = refit(
+            pruned, self.groups.traced.module, plan.kept, self.data,
+            tell=partial(self.tell, "reconstruct"),
+        )  # fmt: skip
+        pruned.meta["halp_fx"] = replace(plan, report={**plan.report, **_facts_of(fits)})
 
     def _annotated(
         self,
@@ -260,6 +274,7 @@ def prepare(
     candidates: int = 1,
     evaluate: Evaluate | None = None,
     steps: int = 1,
+    reconstruct: bool = False,
     also: Sequence[tuple[Any, float | str | Budget]] = (),
     verify: bool = True,
     progress: Progress | None = None,
@@ -274,6 +289,7 @@ def prepare(
     allowed = Widths(min_share=min_share, min_width=min_width, round_to=round_to)
     _check_candidates(candidates, evaluate, data)
     check_steps(steps, data, saliency)
+    _check_reconstruct(reconstruct, data)
     further = _latency_limits(also)
     check_solver(solver, also=further)
     tell = progress if progress is not None else _silent
@@ -312,6 +328,7 @@ def prepare(
         candidates=candidates,
         evaluate=evaluate,
         steps=steps,
+        reconstruct=reconstruct,
         verify=verify,
         tell=tell,
     )
@@ -328,6 +345,26 @@ def _check_candidates(candidates: Any, evaluate: Any, data: Any) -> None:
         raise InputError(f"evaluate must be a callable, not {type(evaluate).__name__}")
     if evaluate is not None and candidates == 1:
         raise InputError("evaluate compares candidates: pass candidates=3 or so as well")
+
+
+def _check_reconstruct(reconstruct: Any, data: Any) -> None:
+    if not isinstance(reconstruct, bool):
+        raise InputError(f"reconstruct is {reconstruct!r}: pass True or False")
+    if reconstruct and (data is None or isinstance(data, Iterator)):
+        what = "no data" if data is None else "an iterator, which is used up after one look"
+        raise InputError(
+            f"reconstruct=True fits weights to what the network computes on data, and there is "
+            f"{what}: pass a list of minibatches or a loader"
+        )
+
+
+def _facts_of(fits: Mapping[str, Fit]) -> dict[str, Any]:
+    """For the report: layers that were fitted, and the median error before and after."""
+    facts: dict[str, Any] = {"reconstructed_layers": len(fits)}
+    if fits:
+        facts["reconstruction_error_before"] = float(np.median([f.before for f in fits.values()]))
+        facts["reconstruction_error"] = float(np.median([f.after for f in fits.values()]))
+    return facts
 
 
 def _latency_limits(also: Any) -> list[tuple[Any, Budget]]:

@@ -296,11 +296,12 @@ def test_prune_scores_by_samples(tmp_path: Path) -> None:
     np.savez(tmp_path / "named.npz", images=images)
     fixed = ("prune", NET, "-b", 0.5, "--latency", "analytic", "--no-onnx", "-o", tmp_path)
     for name in ("one.npy", "named.npz"):
-        more = ("--samples", tmp_path / name, "--candidates", 2, "--steps", 2)
+        more = ("--samples", tmp_path / name, "--candidates", 2, "--steps", 2, "--reconstruct")
         assert "channels scored by" in ok(*fixed, *more)
         report = json.loads((tmp_path / "report.json").read_text())
         assert report["saliency"] in ("output", "output1.5")
         assert report["data_free"] is False
+        assert report["facts"]["reconstructed_layers"] > 0
 
 
 @pytest.mark.parametrize(
@@ -321,6 +322,7 @@ def test_samples_that_are_none(arrays: Any, message: str, tmp_path: Path) -> Non
     file.write_text("1, 2, 3")
     assert "no .npy or .npz file of plain arrays" in refused(*fixed, "--samples", file)
     assert "give --samples FILE" in refused(*fixed, "--candidates", 2)
+    assert "give --samples FILE" in refused(*fixed, "--reconstruct")
     assert not (tmp_path / "out").exists()
 
 

@@ -264,9 +264,10 @@ def test_sweep(tmp_path: Path) -> None:
 def test_a_sweep_by_samples(tmp_path: Path) -> None:
     np.save(tmp_path / "samples.npy", np.random.default_rng(0).random((8, 3, 8, 8)))
     ok("sweep", SMALL, "--budgets", "0.5", "--latency", "analytic", "--save",
-       "--samples", tmp_path / "samples.npy", "-o", tmp_path / "out")  # fmt: skip
+       "--samples", tmp_path / "samples.npy", "--reconstruct", "-o", tmp_path / "out")  # fmt: skip
     small = halp_fx.load(tmp_path / "out" / "0.5.safetensors")
     assert halp_fx.plan_of(small).report["saliency"] == "output"
+    assert "reconstructed_layers" in halp_fx.plan_of(small).report
 
 
 def test_a_sweep_traces_and_scores_once(tmp_path: Path) -> None:

@@ -378,7 +378,7 @@ def test_a_peer_gets_the_gradients_of_all_scoring_images(task: Task) -> None:
 def test_sets_of_methods() -> None:
     assert [m.name for m in chosen_methods("halp, main")][:2] == ["halp", "joint"]
     assert set(itertools.chain(*SETS.values())) == set(METHODS)
-    assert len(SETS["main"]) == 8
+    assert len(SETS["main"]) == 9
     with pytest.raises(InputError, match="there is no method 'magic': use main, parts, scores"):
         chosen_methods("joint,magic")
     with pytest.raises(InputError, match="--methods is empty"):
@@ -545,6 +545,20 @@ def test_what_a_record_says(task: Task, tmp_path: Path) -> None:
     repeated = run(plan, Journal(tmp_path / "again.jsonl", "x"), lambda name: task)
     for one, two in zip(records, repeated, strict=True):
         assert replace(one, seconds=None) == replace(two, seconds=None)
+
+
+def test_reconstructed_networks_are_those_of_the_method(task: Task, tmp_path: Path) -> None:
+    names = ("joint", "joint-reconstructed", "halp", "halp-reconstructed")
+    plan = Plan(("tiny",), tuple(METHODS[n] for n in names), (0.2,), (0,))
+    _, *records = run(plan, Journal(tmp_path / "r.jsonl", "x"), lambda name: task)
+    assert [r.method for r in records] == list(names)
+    for plain, fitted in zip(records[::2], records[1::2], strict=True):
+        assert (plain.params_share, plain.share) == (fitted.params_share, fitted.share)
+        assert plain.recalibrated is not None
+        assert fitted.recalibrated is not None
+        assert plain.recalibrated < fitted.recalibrated
+    assert names[1] in SETS["main"]
+    assert names[3] in SETS["parts"]
 
 
 def test_a_teacher_makes_a_difference(task: Task) -> None:

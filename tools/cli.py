@@ -31,6 +31,7 @@ from halp_fx.tools.options import (
     LatencyOption,
     ModelArgument,
     PretrainedOption,
+    ReconstructOption,
     SamplesOption,
     StepsOption,
     WeightsOption,
@@ -230,6 +231,7 @@ def prune(
     samples: SamplesOption = None,
     candidates: CandidatesOption = 1,
     steps: StepsOption = 1,
+    reconstruct: ReconstructOption = False,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="DIR", help="Folder for what is written."),
@@ -250,7 +252,7 @@ def prune(
     del debug
     limit = pruner.budget_of(budget, params=params, macs=macs, memory=memory)
     source = pruner.latency_of(latency, foreign)
-    by_data = by_samples(samples, candidates, steps)
+    by_data = by_samples(samples, candidates, steps, reconstruct)
     network, example = load(
         model, shapes, batch=batch, pretrained=pretrained, weights=weights, whole=True
     )

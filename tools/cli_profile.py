@@ -23,6 +23,7 @@ from halp_fx.tools.options import (
     LatencyOption,
     ModelArgument,
     PretrainedOption,
+    ReconstructOption,
     SamplesOption,
     StepsOption,
     WeightsOption,
@@ -209,6 +210,7 @@ def sweep(
     samples: SamplesOption = None,
     candidates: CandidatesOption = 1,
     steps: StepsOption = 1,
+    reconstruct: ReconstructOption = False,
     save: Annotated[bool, typer.Option("--save", help="Also keep each network.")] = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for what is written.")
@@ -223,7 +225,7 @@ def sweep(
     del debug
     asked = sweeper.parse_budgets(budgets)
     source = latency_of(latency, foreign)
-    by_data = by_samples(samples, candidates, steps)
+    by_data = by_samples(samples, candidates, steps, reconstruct)
     network, example = load(model, shapes, batch=batch, pretrained=pretrained, weights=weights)
     with progress_bars() as progress:
         points = sweeper.sweep(

@@ -24,6 +24,7 @@ __all__ = [
     "LatencyOption",
     "ModelArgument",
     "PretrainedOption",
+    "ReconstructOption",
     "SamplesOption",
     "StepsOption",
     "WeightsOption",
@@ -93,6 +94,14 @@ StepsOption = Annotated[
         "--steps", min=1, help="With --samples: prune in so many steps, scoring anew in between."
     ),
 ]
+ReconstructOption = Annotated[
+    bool,
+    typer.Option(
+        "--reconstruct",
+        help="With --samples: fit the weights that are left to what the dense network computes "
+        "on them, by least squares.",
+    ),
+]
 WeightsOption = Annotated[
     Path | None,
     typer.Option("--weights", metavar="FILE", help="A safetensors file with the state_dict."),
@@ -128,18 +137,26 @@ def load(
     return network, example
 
 
-def by_samples(path: Path | None, candidates: int, steps: int) -> dict[str, Any]:
+def by_samples(path: Path | None, candidates: int, steps: int, reconstruct: bool) -> dict[str, Any]:
     """Arguments of `halp_fx.compile` for scores by the samples of a file.
 
     Raises:
         InputError: the file is missing or has no arrays of as many samples, or there is none
-            though `candidates` or `steps` need one.
+            though an option needs one.
     """
     if path is None:
-        if candidates > 1 or steps > 1:
-            raise InputError("--candidates and --steps try plans on samples: give --samples FILE")
+        if candidates > 1 or steps > 1 or reconstruct:
+            raise InputError(
+                "--candidates, --steps and --reconstruct run networks on samples: give "
+                "--samples FILE"
+            )
         return {}
-    return {"data": _minibatches(path), "candidates": candidates, "steps": steps}
+    return {
+        "data": _minibatches(path),
+        "candidates": candidates,
+        "steps": steps,
+        "reconstruct": reconstruct,
+    }
 
 
 def _minibatches(path: Path) -> list[Any]:

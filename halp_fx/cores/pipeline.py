@@ -49,7 +49,7 @@ def prune_parts(
         options: further options of `halp_fx.compile`.
 
     Raises:
-        InputError: as `halp_fx.compile`; or `candidates` or `steps` is not 1.
+        InputError: as `halp_fx.compile`; or `candidates`, `steps` or `reconstruct` is asked for.
     """
     refuse_trials(options)
     if data is not None and loss is None:
@@ -72,17 +72,13 @@ def prune_parts(
 
 
 def refuse_trials(options: Mapping[str, Any]) -> None:
-    """Neither a plan nor a step can be tried on data by the core alone."""
-    if options.get("steps", 1) != 1:
-        raise InputError(
-            f"steps={options['steps']!r} is not known for the core of a model, which can't be run "
-            "on data alone: leave it out"
-        )
-    if options.get("candidates", 1) != 1:
-        raise InputError(
-            f"candidates={options['candidates']!r} is not known for the core of a model, which "
-            "can't be run on data alone: leave it out"
-        )
+    """Nothing can be tried on data by the core alone."""
+    for name, usual in (("steps", 1), ("candidates", 1), ("reconstruct", False)):
+        if options.get(name, usual) != usual:
+            raise InputError(
+                f"{name}={options[name]!r} is not known for the core of a model, which can't be "
+                "run on data alone: leave it out"
+            )
 
 
 def with_outside(

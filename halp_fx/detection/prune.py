@@ -37,7 +37,8 @@ def prune_detector(
             the size that the detector expects.
         data: minibatches `(images, targets)`, as the detector takes them in training.
         loss: `loss(losses, targets)` of the detector's dict of losses; None: their sum.
-        options: further options of `halp_fx.compile`, save `candidates` and `steps`.
+        options: further options of `halp_fx.compile`, save `candidates`, `steps` and
+            `reconstruct`.
 
     Returns:
         The same detector with smaller layers; names in its `state_dict()` are as they were.

@@ -47,6 +47,8 @@ class Method:
     seeded: bool = True  # whether the seed makes a difference to what is pruned
     recovery: str | None = None  # None: as the settings say
     needs: Callable[[], object] | None = None  # raises `DependencyError` where a package is missing
+    reconstruct: bool = False  # in place of batch norm recalibration
+    pruned_as: str | None = None  # the method whose networks these are, before they recover
 
 
 Data = Callable[[Task, int], Mapping[str, Any]]  # task, seed -> arguments of halp_fx.compile
@@ -192,6 +194,14 @@ def _method(name: str, title: str, **options: Any) -> Method:
     )  # fmt: skip
 
 
+def _reconstructed(method: Method) -> Method:
+    """The same networks, their weights fitted to what the dense network computes."""
+    return replace(
+        method, name=f"{method.name}-reconstructed", title=f"{method.title}, reconstructed",
+        reconstruct=True, pruned_as=method.name,
+    )  # fmt: skip
+
+
 def _peer(name: str, title: str, importance: str, everywhere: bool) -> Method:
     prune = partial(torch_pruning, importance=importance, everywhere=everywhere)
     return Method(name, title, prune, importance == "taylor", needs=library)
@@ -199,25 +209,27 @@ def _peer(name: str, title: str, importance: str, everywhere: bool) -> Method:
 
 DENSE = Method("dense", "dense", _dense, seeded=False)
 
+_JOINT = _method("joint", "joint")
+_UNIFORM = _method(
+    "uniform", "uniform, L1", data=_l1, seeded=False, solver="uniform", widths=(None, 1, 4, 8)
+)
+_HALP = _method("halp", "HALP", data=_halp_taylor, solver="halp")
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        _method("joint", "joint"),
+        _JOINT,
+        _reconstructed(_JOINT),
         _method("joint-steps", "joint, five steps", steps=5),
-        _method("halp", "HALP", data=_halp_taylor, solver="halp"),
-        _method(
-            "uniform",
-            "uniform, L1",
-            data=_l1,
-            seeded=False,
-            solver="uniform",
-            widths=(None, 1, 4, 8),
-        ),
+        _HALP,
+        _UNIFORM,
         _peer("tp-magnitude-local", "Torch-Pruning, magnitude, local", "magnitude", False),
         _peer("tp-magnitude-global", "Torch-Pruning, magnitude, global", "magnitude", True),
         _peer("tp-taylor-local", "Torch-Pruning, Taylor, local", "taylor", False),
         _peer("tp-taylor-global", "Torch-Pruning, Taylor, global", "taylor", True),
         # The value of each part.
+        _reconstructed(_HALP),
+        _reconstructed(_UNIFORM),
         _method("joint-taylor", "joint, HALP's scores", data=_halp_taylor),
         _method("joint-fisher", "joint, by the loss", data=_fisher),
         _method("joint-output", "joint, by outputs", data=_outputs),
@@ -247,7 +259,7 @@ METHODS: dict[str, Method] = {
 }
 
 _NAMES = list(METHODS)
-_PARTS, _SCORES = _NAMES.index("joint-taylor"), _NAMES.index("joint-normalised")
+_PARTS, _SCORES = _NAMES.index("halp-reconstructed"), _NAMES.index("joint-normalised")
 SETS: dict[str, tuple[str, ...]] = {
     "main": tuple(_NAMES[:_PARTS]),
     "parts": ("joint", "halp", *_NAMES[_PARTS:_SCORES]),

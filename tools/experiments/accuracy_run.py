@@ -141,14 +141,14 @@ def _record(task: Task, method: Method, budget: float, seed: int, settings: str)
 
 
 def _made(task: Task, method: Method, budget: float, seed: int, base: Record) -> Record:
-    key = ("candidate", method.name, budget, seed if method.seeded else None)
+    key = ("candidate", method.pruned_as or method.name, budget, seed if method.seeded else None)
     candidate = task.once(key, lambda: method.prune(task, budget, seed))
     dense_ms, pruned_ms = task.measured(candidate.network)
     network = deepcopy(candidate.network).to(task.device)
     images = task.tested()
     before: np.ndarray[Any, Any] | None = None
     if candidate.recalibrate:
-        task.recalibrate(network, seed)
+        (task.reconstruct if method.reconstruct else task.recalibrate)(network, seed)
     if not candidate.used_images:
         before = correct(network, images)
     tune(task, network, seed, used=candidate.used_images, recovery=method.recovery)

@@ -130,6 +130,11 @@ class Task:
         images = self.train.sample(self.settings.recalibrate_images, seed)
         halp_fx.recalibrate(network, Batches(images, 128))
 
+    def reconstruct(self, network: Any, seed: int) -> None:
+        """Weights and batch norms fitted to the dense network, on the images of `recalibrate`."""
+        images = self.train.sample(self.settings.recalibrate_images, seed)
+        halp_fx.reconstruct(network, self.dense, Batches(images, self.settings.batch))
+
     def measured(self, network: nn.Module, bouts: int = _BOUTS) -> tuple[float, float]:
         """Milliseconds of the dense network and of this one, sampled in turn.
 

@@ -1,0 +1,108 @@
+"""Least squares for the weights of a layer, from second moments of its inputs and outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Fit", "Moments", "error", "solve"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a layer gives what the dense one gives, on positions kept for checking.
+
+    Mean squared error as a share of the variance of what it is to give.
+    """
+
+    before: float
+    after: float
+
+
+class Moments:
+    """Sums over rows `x` (rows, groups, d) and `y` (rows, groups, o), in float64 on the CPU."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """More rows; float32 products are taken about a point near the means, as exact as need."""
+        x, y = x.transpose(0, 1), y.transpose(0, 1)
+        if not self.count:
+            self._x0, self._y0 = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
+        x, y = x - self._x0, y - self._y0
+        parts = [x.mT @ x, x.mT @ y, y.square().sum(1), x.sum(1), y.sum(1)]
+        found = [part.double().cpu() for part in parts]
+        if not self.count:
+            self._sums = found
+        else:
+            self._sums = [a + b for a, b in zip(self._sums, found, strict=True)]
+        self.count += x.shape[1]
+
+    @property
+    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of x (groups, d) and of y (groups, o)."""
+        *_, x, y = self._sums
+        x0, y0 = self._x0[:, 0].double().cpu(), self._y0[:, 0].double().cpu()
+        return x0 + x / self.count, y0 + y / self.count
+
+    def about(self, centred: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """E[x x'] (groups, d, d), E[x y'] (groups, d, o), E[y**2] (groups, o).
+
+        About the means, or about 0.
+        """
+        xx, xy, yy, x, y = (part / self.count for part in self._sums)
+        xx = xx - x[:, :, None] * x[:, None]
+        xy = xy - x[:, :, None] * y[:, None]
+        yy = yy - y.square()
+        if not centred:
+            x, y = self.means
+            xx = xx + x[:, :, None] * x[:, None]
+            xy = xy + x[:, :, None] * y[:, None]
+            yy = yy + y.square()
+        return xx, xy, yy
+
+
+def solve(
+    moments: Moments, weight: torch.Tensor, *, centred: bool, ridge: float
+) -> torch.Tensor | None:
+    """`argmin E|y - W x|**2 + ridge * s * |W - weight|**2`, s the mean square of an input.
+
+    Args:
+        weight: (groups, o, d).
+        centred: about the means: a bias takes up the difference.
+        ridge: above 0; what no data say anything of stays as it is.
+
+    Returns:
+        (groups, o, d); None where the inputs are all 0 or the moments are not finite.
+    """
+    xx, xy, _ = moments.about(centred)
+    size = xx.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    if not bool((size > 0).all()) or not bool(xx.isfinite().all() and xy.isfinite().all()):
+        return None
+    damp = ridge * size
+    system = xx + damp * torch.eye(xx.shape[1], dtype=xx.dtype)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if bool(failed.any()):
+        return None
+    return torch.cholesky_solve(xy + damp * weight.mT, factor).mT
+
+
+def error(
+    moments: Moments, weight: torch.Tensor, bias: torch.Tensor | None, *, centred: bool = False
+) -> float:
+    """Mean squared error of `weight` x + `bias` as a share of the variance of y.
+
+    Args:
+        weight: (groups, o, d).
+        bias: (groups, o); None: 0.
+        centred: with the best bias instead.
+    """
+    xx, xy, yy = moments.about(True)
+    square = yy - 2 * (weight.mT * xy).sum(1) + ((weight @ xx) * weight).sum(2)
+    if not centred:
+        x, y = moments.means
+        left = y - (weight @ x[..., None])[..., 0]
+        square = square + (left if bias is None else left - bias).square()
+    return float(square.sum().clamp_min(0) / yy.sum().clamp_min(1e-300))

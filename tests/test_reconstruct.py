@@ -1,0 +1,514 @@
+"""Weights fitted to what the dense network computes: what is made up for, what is left alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, note, settings
+from torch import Tensor, fx, nn
+
+import halp_fx
+from halp_fx.errors import InputError, NothingToPruneError
+from halp_fx.passes.groups import find_groups
+from halp_fx.passes.rewrite import rewrite
+from halp_fx.passes.rules.plan import kept_indices
+from halp_fx.passes.trace import trace
+from halp_fx.reconstruction import reconstruct as module_under_test
+from halp_fx.reconstruction.fit import Moments, error, solve
+from halp_fx.reconstruction.layers import Layer, layers_of, rows_of
+from halp_fx.reconstruction.walk import Walk
+from halp_fx.report import render_markdown
+from halp_fx.types import Plan
+from tests import oracle
+from tests.networks import build
+from tests.pruning import compile_within
+from tests.strategies import budgets, specs
+
+__all__: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def planned(model: nn.Module, x: Tensor, units: dict[str, Sequence[int]]) -> fx.GraphModule:
+    """The network with these units of some groups, and all of the others."""
+    groups = find_groups(trace(model, x))
+    assert set(units) <= {group.name for group in groups.groups}
+    kept = [np.array(units.get(g.name, range(g.units)), dtype=np.int64) for g in groups.groups]
+    return rewrite(
+        Plan(
+            kept=kept_indices(groups, kept),
+            units=tuple(kept),
+            dense_ms=1.0,
+            predicted_ms=1.0,
+            budget_ms=1.0,
+            gap=0.0,
+            value=0.0,
+            dense_value=0.0,
+            solver="test",
+            groups=groups,
+        )
+    )
+
+
+def far(pruned: nn.Module, dense: nn.Module, x: Tensor) -> float:
+    """Squared difference of the outputs as a share of the dense ones' variance."""
+    with torch.no_grad():
+        own, other = (copy.deepcopy(net).eval()(x) for net in (pruned, dense))
+    return float((own - other).square().sum() / (other - other.mean(0)).square().sum())
+
+
+def doubled(layer: nn.Module) -> None:
+    """Of the output channels of a layer the second half repeats the first."""
+    with torch.no_grad():
+        for tensor in layer.state_dict().values():
+            if tensor.ndim:
+                half = len(tensor) // 2
+                tensor[half:] = tensor[:half]
+
+
+class Chain(nn.Module):
+    """Two layers, the first one's channels doubled, with a norm in between where given."""
+
+    def __init__(
+        self, first: nn.Module, second: nn.Module, norm: nn.Module | None = None, flat: bool = False
+    ) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.norm = nn.Identity() if norm is None else norm
+        self.flat = flat
+        doubled(first)
+        doubled(self.norm)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.norm(self.first(x)))
+        return self.second(x.flatten(1) if self.flat else x)
+
+
+def two_d(**options: Any) -> nn.Module:
+    return nn.Conv2d(3, 8, 3, padding=1, **options)
+
+
+CHAINS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv": (lambda: Chain(two_d(), nn.Conv2d(8, 5, 3)), (3, 8, 8)),
+    "no bias": (lambda: Chain(two_d(bias=False), nn.Conv2d(8, 5, 3, bias=False)), (3, 8, 8)),
+    "stride": (lambda: Chain(two_d(), nn.Conv2d(8, 5, 3, 2, 1)), (3, 9, 8)),
+    "dilation": (lambda: Chain(two_d(), nn.Conv2d(8, 5, (3, 2), dilation=(1, 3))), (3, 9, 8)),
+    "reflected": (
+        lambda: Chain(two_d(), nn.Conv2d(8, 5, 3, padding="same", padding_mode="reflect")),
+        (3, 8, 7),
+    ),
+    "norm": (lambda: Chain(two_d(bias=False), nn.Conv2d(8, 5, 1), nn.BatchNorm2d(8)), (3, 8, 8)),
+    "conv1d": (lambda: Chain(nn.Conv1d(3, 8, 3), nn.Conv1d(8, 5, 3, 2)), (3, 20)),
+    "conv3d": (lambda: Chain(nn.Conv3d(2, 8, 2), nn.Conv3d(8, 3, 2)), (2, 6, 5, 4)),
+    "linear": (lambda: Chain(nn.Linear(6, 8), nn.Linear(8, 5), nn.BatchNorm1d(8)), (6,)),
+    "tokens": (lambda: Chain(nn.Linear(6, 8), nn.Linear(8, 5)), (7, 6)),
+    "flattened": (lambda: Chain(two_d(), nn.Linear(8 * 36, 5), flat=True), (3, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_what_other_channels_say_as_well_is_made_up_for(name: str) -> None:
+    make, shape = CHAINS[name]
+    model = oracle.randomize(make())
+    doubled(model.get_submodule("first"))
+    doubled(model.get_submodule("norm"))
+    model = model.double().eval()
+    data = [torch.randn(64, *shape, dtype=torch.float64) for _ in range(8)]
+    pruned = planned(model, data[0][:1], {"first": range(4)})
+    fresh = torch.randn(16, *shape, dtype=torch.float64)
+    assert far(pruned, model, fresh) > 0.01
+    fits = halp_fx.reconstruct(pruned, model, data, ridge=1e-9)
+    assert far(pruned, model, fresh) < 1e-4
+    assert set(fits) == {"second"}
+    assert fits["second"].before > 0.01 > 1e-4 > fits["second"].after
+
+
+class Stream(nn.Module):
+    """A residual stream of two blocks, the second wide enough to do what the first does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.snorm = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.one, self.onorm = nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6)
+        self.back, self.bnorm = nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6)
+        self.two, self.tnorm = nn.Conv2d(6, 24, 1, bias=False), nn.BatchNorm2d(24)
+        self.last, self.lnorm = nn.Conv2d(24, 6, 1, bias=False), nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.snorm(self.stem(x)))
+        x = x + self.bnorm(self.back(F.relu(self.onorm(self.one(x)))))
+        x = x + self.lnorm(self.last(F.relu(self.tnorm(self.two(x)))))
+        return self.fc(x.mean((2, 3)))
+
+
+def stream() -> tuple[nn.Module, list[Tensor]]:
+    model = oracle.randomize(Stream()).eval()
+    data = [torch.randn(32, 3, 10, 10) for _ in range(4)]
+    halp_fx.recalibrate(model, data)
+    return model, data
+
+
+def test_a_later_block_makes_up_for_one_that_was_dropped() -> None:
+    model, data = stream()
+    pruned = planned(model, data[0][:1], {"one": []})
+    assert "one" not in dict(pruned.named_modules())
+    plain = copy.deepcopy(pruned)
+    halp_fx.recalibrate(plain, data)
+    fits = halp_fx.reconstruct(pruned, model, data)
+    fresh = torch.randn(64, 3, 10, 10)
+    assert far(pruned, model, fresh) < 0.5 * far(plain, model, fresh)
+    assert fits["last"].after < 0.5 * fits["last"].before
+
+
+def test_batch_norms_give_the_mean_and_variance_of_the_dense_ones() -> None:
+    model, data = stream()
+    with torch.no_grad():  # what running statistics are on other data than those that fit
+        model.get_submodule("tnorm").running_var.mul_(2)  # type: ignore[operator, union-attr]
+        model.get_submodule("tnorm").running_mean.add_(0.3)  # type: ignore[operator, union-attr]
+    pruned = planned(model, data[0][:1], {"stem": [0, 2, 3, 5], "two": range(0, 24, 2)})
+    halp_fx.reconstruct(pruned, model, data)
+    seen: dict[nn.Module, list[Tensor]] = {}
+    for net in (model, pruned):
+        layer = net.get_submodule("tnorm")
+        layer.register_forward_hook(lambda m, i, out: seen.setdefault(m, []).append(out.clone()))
+        with torch.no_grad():
+            for batch in data:
+                net(batch)
+    own, dense = (torch.cat(seen[net.get_submodule("tnorm")]) for net in (pruned, model))
+    dense = dense[:, ::2]
+    torch.testing.assert_close(own.mean((0, 2, 3)), dense.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(own.var((0, 2, 3)), dense.var((0, 2, 3)), rtol=0.01, atol=1e-4)
+
+
+def test_in_train_mode_it_computes_the_same_as_in_eval_mode() -> None:
+    """So that fine-tuning, whose batch norms see batches, begins where the fit ended."""
+    model, _ = stream()
+    data = [torch.randn(256, 3, 10, 10)]
+    halp_fx.recalibrate(model, data)
+    pruned = planned(model, data[0][:1], {"one": [], "two": range(12)})
+    halp_fx.reconstruct(pruned, model, data)
+    with torch.no_grad():
+        evaluated, trained = pruned.eval()(data[0]), copy.deepcopy(pruned).train()(data[0])
+    torch.testing.assert_close(trained, evaluated, rtol=0.01, atol=0.01)
+
+
+def test_what_lost_nothing_stays_bit_for_bit() -> None:
+    model, data = stream()
+    pruned = planned(model, data[0][:1], {})
+    before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    assert halp_fx.reconstruct(pruned, model, data) == {}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
+    pruned = planned(model, data[0][:1], {"two": range(12)})
+    fits = halp_fx.reconstruct(pruned, model, data)
+    assert set(fits) == {"last", "fc"}
+    state = pruned.state_dict()
+    early = [n for n in state if n.split(".")[0] in ("stem", "snorm", "one", "onorm", "back")]
+    assert len(early) == 13
+    assert all(torch.equal(state[name], before[name]) for name in early)
+
+
+def test_the_dense_network_and_the_modes_are_left_alone() -> None:
+    model, data = stream()
+    pruned = planned(model, data[0][:1], {"two": range(12)})
+    pruned.train()
+    pruned.get_submodule("snorm").eval()
+    model.train()
+    with oracle.snapshot(model):
+        halp_fx.reconstruct(pruned, model, data)
+    assert pruned.training
+    assert not pruned.get_submodule("snorm").training
+    assert all(p.requires_grad and p.grad is None for p in pruned.parameters())
+
+
+def test_an_error_leaves_the_network_as_it_was() -> None:
+    model, data = stream()
+    pruned = planned(model, data[0][:1], {"stem": range(3), "two": range(12)})
+    before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+
+    def stop(done: int, total: int) -> None:
+        assert done <= total
+        if done == total - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        halp_fx.reconstruct(pruned, model, data, progress=stop)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
+
+
+class Odd(nn.Module):
+    """Layers that can't be fitted: one that runs twice, tied, hooked and computed weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.twice = nn.Conv2d(8, 8, 3, padding=1)
+        self.tied, self.other = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.other.weight = self.tied.weight
+        self.computed = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1))
+        self.norm = nn.BatchNorm2d(8)
+        self.hooked = nn.Conv2d(8, 8, 1)
+        self.up = nn.ConvTranspose2d(8, 6, 2, stride=2)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.twice(F.relu(self.twice(F.relu(self.stem(x)))))
+        x = self.other(F.relu(self.tied(x)))
+        x = self.norm(self.norm(self.computed(x)))
+        return self.fc(self.up(self.hooked(x)).mean((2, 3)))
+
+
+def test_layers_that_cannot_be_fitted_stay() -> None:
+    model = oracle.randomize(Odd()).eval()
+    model.hooked.register_forward_hook(lambda module, inputs, output: 2 * output)
+    data = [torch.randn(16, 3, 8, 8) for _ in range(2)]
+    pruned = halp_fx.compile(model, 0.85, data[0][:1], latency="analytic")
+    before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    assert halp_fx.plan_of(pruned).predicted_ms < 0.86 * halp_fx.plan_of(pruned).dense_ms
+    assert set(halp_fx.reconstruct(pruned, model, data)) == {"fc"}
+    changed = {n for n, tensor in pruned.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert changed == {"fc.weight", "fc.bias"}
+
+
+def test_minibatches_join_where_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = stream()
+    results = []
+    for memory in (0, 400_000, 1 << 30):
+        monkeypatch.setattr(module_under_test, "_MEMORY", memory)
+        joined: list[int] = []
+        join = Walk.join
+
+        def spy(self: Walk, inputs: Any, join: Any = join, joined: Any = joined) -> None:
+            joined.append(self.at)
+            join(self, inputs)
+
+        monkeypatch.setattr(Walk, "join", spy)
+        pruned = planned(model, data[0][:1], {"one": [], "two": range(12)})
+        halp_fx.reconstruct(pruned, model, data)
+        monkeypatch.setattr(Walk, "join", join)
+        results.append((far(pruned, model, torch.cat(data)), joined))
+    (_, alone), (_, some), (_, together) = results
+    # Of each network: once to see what it needs, and then the minibatches.
+    assert len(alone) == 2 + 2
+    assert len(some) == len(together) == 2 + 2 * len(data)
+    assert set(together) == {0}
+    assert max(some) > 0
+    assert results[1][0] == pytest.approx(results[2][0], rel=0.1)
+    assert results[0][0] < 2 * results[2][0]  # one minibatch says less
+
+
+def test_a_walk_gives_what_the_network_computes() -> None:
+    model, data = stream()
+    module = trace(model, data[0]).module.eval()
+    walk = Walk(module)
+    seen: dict[str, Tensor] = {}
+    module.get_submodule("two").register_forward_hook(
+        lambda m, inputs, output: seen.__setitem__("two", output.clone())
+    )
+    node = next(n for n in module.graph.nodes if n.name == "two")
+    with torch.no_grad():
+        walk.join((data[0],))
+        walk.run(walk.index["two"])
+        walk.join((data[1],))
+        walk.run(walk.index["two"] + 1)
+        for value, batch in zip(walk.values(node), data[:2], strict=True):
+            module(batch)
+            torch.testing.assert_close(value, seen["two"])
+        assert not walk.known(next(n for n in module.graph.nodes if n.name == "stem"))
+        walk.run(len(walk.nodes))
+        peaks = Walk(module).peaks((data[0],))
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[-1] == 0
+    assert peaks[0] >= 2 * 4 * 32 * 24 * 100  # the widest layer and its norm, float32
+
+
+CONVOLUTIONS = [
+    (nn.Conv2d(4, 6, 3), (4, 7, 8)),
+    (nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), dilation=(1, 2)), (4, 9, 8)),
+    (nn.Conv2d(4, 8, 3, padding=1, groups=4), (4, 7, 8)),
+    (nn.Conv2d(4, 4, 4, padding="same", groups=4), (4, 7, 8)),
+    (nn.Conv2d(4, 6, 3, padding=2, padding_mode="circular"), (4, 7, 8)),
+    (nn.Conv1d(4, 6, 3, 2, 2, dilation=2, padding_mode="replicate"), (4, 19)),
+    (nn.Conv3d(4, 6, (2, 3, 1), (1, 2, 1), (1, 0, 1), groups=2), (4, 5, 6, 4)),
+    (nn.Linear(4, 6), (7, 4)),
+]
+
+
+@pytest.mark.parametrize(("module", "shape"), CONVOLUTIONS, ids=lambda v: str(v)[:60])
+def test_rows_are_what_the_layer_reads_and_gives(module: Any, shape: tuple[int, ...]) -> None:
+    x = torch.randn(3, *shape)
+    with torch.no_grad():
+        y = module(x)
+    node: Any = None
+    layer = Layer("layer", module, node, node, None)
+    found = rows_of(layer, x, y, 20, torch.Generator().manual_seed(0))
+    assert found is not None
+    read, given_ = found
+    groups = getattr(module, "groups", 1)
+    assert read.shape[:2] == given_.shape[:2] == (20, groups)
+    weight = module.weight.detach().reshape(groups, len(module.weight) // groups, -1)
+    bias = module.bias.detach().reshape(groups, -1)
+    computed = torch.einsum("rgd,god->rgo", read, weight) + bias
+    torch.testing.assert_close(computed, given_, rtol=1e-4, atol=1e-5)
+    assert rows_of(layer, x, y[:-1], 20, torch.Generator()) is None
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_least_squares_are_those_of_lapack(centred: bool) -> None:
+    x, present = torch.randn(300, 2, 7).double() + 1, torch.randn(2, 3, 7).double()
+    y = torch.einsum("rgd,god->rgo", x, torch.randn(2, 3, 7).double()) + torch.randn(300, 2, 3)
+    moments = Moments()
+    for part in range(3):
+        moments.add(x[part::3], y[part::3])
+    ridge = 0.1
+    new = solve(moments, present, centred=centred, ridge=ridge)
+    assert new is not None
+    for g in range(2):
+        own, aim = x[:, g], y[:, g]
+        if centred:
+            own, aim = own - own.mean(0), aim - aim.mean(0)
+        damp = (300 * ridge * own.square().mean()).sqrt()
+        rows = torch.cat([own, damp * torch.eye(7, dtype=torch.float64)])
+        aims = torch.cat([aim, damp * present[g].T])
+        expected = torch.linalg.lstsq(rows, aims).solution.T
+        torch.testing.assert_close(new[g], expected, rtol=1e-6, atol=1e-8)
+    bias = torch.randn(2, 3).double()
+    off = (torch.einsum("rgd,god->rgo", x, new) + bias - y).square().mean(0).sum()
+    variance = y.var(0, unbiased=False).sum()
+    assert error(moments, new, bias) == pytest.approx(float(off / variance), rel=1e-6)
+
+
+def test_nothing_is_learnt_from_zeros() -> None:
+    moments = Moments()
+    moments.add(torch.zeros(10, 1, 4), torch.randn(10, 1, 2))
+    assert solve(moments, torch.ones(1, 2, 4).double(), centred=True, ridge=1e-3) is None
+
+
+def test_a_sum_that_is_known_before_is_the_aim() -> None:
+    model, data = stream()
+    pruned = planned(model, data[0][:1], {})
+    dense = trace(model, data[0]).module
+    layers = {x.name: x for x in layers_of(pruned, dense, halp_fx.plan_of(pruned).kept)}
+    assert list(layers) == ["stem", "one", "back", "two", "last", "fc"]
+    assert {name for name, layer in layers.items() if layer.addend is not None} == {"back", "last"}
+    assert layers["last"].norm is pruned.get_submodule("lnorm")
+    assert layers["two"].norm is None
+    assert layers["two"].shifted
+
+
+@settings(
+    max_examples=60, derandomize=True, deadline=None, database=None,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+@given(spec=specs(), budget=budgets())
+def test_random_networks_can_be_fitted(spec: dict[str, Any], budget: float) -> None:
+    """Each fit is better on the rows kept for checking, and nothing breaks."""
+    note(f"spec = {json.dumps(spec)}")
+    model, inputs = build(spec)
+    try:
+        pruned = compile_within(model, budget, inputs)
+    except NothingToPruneError:
+        return
+    data = [(oracle.rebatch(inputs, 8), None) for _ in range(2)]
+    with oracle.snapshot(model):
+        fits = halp_fx.reconstruct(pruned, model, data)
+    assert all(fit.after <= fit.before for fit in fits.values())
+    with torch.no_grad():
+        output = pruned.eval()(*data[0][0])
+    for path, tensor in oracle.flatten_outputs(output).items():
+        assert torch.isfinite(tensor).all(), path
+
+
+def test_compile_reconstructs_and_says_so() -> None:
+    model, data = stream()
+    stages: list[str] = []
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if done == 0:
+            stages.append(stage)
+        assert done <= total
+
+    common: dict[str, Any] = {"data": data, "latency": "analytic", "progress": tell}
+    plain = halp_fx.compile(model, 0.6, data[0][:1], **common)
+    assert "reconstruct" not in stages
+    with oracle.snapshot(model):
+        fitted = halp_fx.compile(model, 0.6, data[0][:1], **common, reconstruct=True)
+    assert stages.count("reconstruct") == 1
+    assert halp_fx.plan_of(fitted).units[0].tolist() == halp_fx.plan_of(plain).units[0].tolist()
+    halp_fx.recalibrate(plain, data)
+    fresh = torch.randn(64, 3, 10, 10)
+    assert far(fitted, model, fresh) < far(plain, model, fresh)
+    report = halp_fx.plan_of(fitted).report
+    assert report["reconstructed_layers"] > 0
+    assert report["reconstruction_error"] < report["reconstruction_error_before"]
+    assert "reconstruction_error" in render_markdown(halp_fx.plan_of(fitted))
+
+
+def test_candidates_are_compared_after_they_are_fitted() -> None:
+    model, data = stream()
+    common: dict[str, Any] = {"data": data, "latency": "analytic", "candidates": 3}
+    plain = halp_fx.compile(model, 0.5, data[0][:1], **common)
+    fitted = halp_fx.compile(model, 0.5, data[0][:1], **common, reconstruct=True)
+    losses = [halp_fx.plan_of(net).report["candidate_losses"] for net in (plain, fitted)]
+    assert len(losses[0]) == len(losses[1]) == 3
+    assert min(losses[1]) < min(losses[0])
+
+
+def test_a_network_that_was_saved_can_be_fitted(tmp_path: Any) -> None:
+    model, data = stream()
+    pruned = halp_fx.compile(model, 0.6, data[0][:1], latency="analytic")
+    halp_fx.save(pruned, tmp_path / "net.halp")
+    loaded = halp_fx.load(tmp_path / "net.halp")
+    assert halp_fx.reconstruct(loaded, model, data) == halp_fx.reconstruct(pruned, model, data)
+    for name, tensor in pruned.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor)
+
+
+def test_half_precision() -> None:
+    model, data = stream()
+    model = model.to(torch.bfloat16)
+    halves = [batch.to(torch.bfloat16) for batch in data]
+    pruned = planned(model, halves[0][:1], {"two": range(12)})
+    fits = halp_fx.reconstruct(pruned, model, halves)
+    assert fits["last"].after < fits["last"].before
+    assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in pruned.parameters())
+
+
+def test_what_is_refused() -> None:
+    model, data = stream()
+    x = data[0][:1]
+    pruned = planned(model, x, {"two": range(12)})
+    with pytest.raises(InputError, match=r"has no plan: pass what halp_fx\.compile"):
+        halp_fx.reconstruct(trace(model, x).module, model, data)
+    with pytest.raises(InputError, match="data has no batches"):
+        halp_fx.reconstruct(pruned, model, [])
+    with pytest.raises(InputError, match=r"two.weight of shape \(12, 6, 1, 1\), from which \(12,"):
+        halp_fx.reconstruct(pruned, pruned, data)
+    with pytest.raises(InputError, match=r"dense has stem\.weight of shape None"):
+        halp_fx.reconstruct(pruned, nn.Conv2d(3, 6, 3), data)
+    with pytest.raises(InputError, match="dense is a str"):
+        halp_fx.reconstruct(pruned, "net", data)  # type: ignore[arg-type]
+    for wrong in ({"minibatches": 0}, {"minibatches": True}, {"ridge": 0}, {"ridge": "small"}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            halp_fx.reconstruct(pruned, model, data, **wrong)  # type: ignore[arg-type]
+    for given_ in ({}, {"data": iter(data)}):
+        with pytest.raises(InputError, match="reconstruct=True fits weights to what the network"):
+            halp_fx.compile(model, 0.5, x, latency="analytic", reconstruct=True, **given_)
+    with pytest.raises(InputError, match="reconstruct is 'yes'"):
+        halp_fx.compile(model, 0.5, x, data=data, reconstruct="yes")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="reconstruct=True is not known for the core"):
+        halp_fx.compile_core(
+            nn.Sequential(model), "0", 0.5, x, data=data, reconstruct=True, latency="analytic"
+        )
