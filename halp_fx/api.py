@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from halp_fx.passes.rules.wrappers import unwrapped
 from halp_fx.passes.select import check_solver
 from halp_fx.passes.trace import trace
 from halp_fx.pipeline import MIN_SHARE, Progress, prepare
-from halp_fx.reconstruction import MINIBATCHES, Fit, refit
+from halp_fx.reconstruction import Fit, first_minibatches, refit
 from halp_fx.types import ChannelGroups, Plan
 
 __all__ = ["compile", "plan_of", "reconstruct", "sweep"]
@@ -245,29 +244,33 @@ def reconstruct(
     stream is, less the pruned stream before it, so it makes up for blocks that were dropped. Batch
     norms then give each channel the mean and the variance that it had. No targets are needed.
 
-    Layers that run more than once, share their weights or compute them stay as they are, and so do
-    layers of which nothing was lost. One position in four is kept for checking: where a fit
-    doesn't lessen the error there, the weights stay.
+    What stays as it is: layers of which nothing was lost; those that run more than once, share
+    their weights, compute them, have hooks, or are called as functions (attention's projections);
+    transposed convolutions; layers with more than 4,608 inputs an output. One sample in four is
+    kept for checking: where no fit lessens the error there, a layer stays too. Where, on these, the
+    outputs are no nearer to the dense network's in the end than after `recalibrate`, weights stay
+    and batch norms are recalibrated alone.
 
     Args:
-        pruned: what `compile` or `load` gave; its weights, biases and batch norms change in place.
+        pruned: what `compile` or `load` gave; its weights, biases and batch norms change in place,
+            those without gradients (`requires_grad`) too.
         dense: the network that it was made from; it is left as it is.
         data: minibatches as the network is used on: `(inputs, target)` or inputs alone. Some
-            hundred to a few thousand images; more than training on them, it is their number of
-            positions that counts.
+            hundred to a few thousand images, without labels.
         minibatches: use at most so many; None: 32. As many as fit into about 1 GiB of activations
             of both networks are held at once; the others join further on, where layers are smaller.
         ridge: how much the weights keep to what they were: their squared change counts so many
-            times the mean square of an input.
+            times the mean square of an input. 30 times as much is tried too, and what has the
+            least error on the samples kept for checking is taken.
         progress: called as `progress(done, total)` after each layer.
 
     Returns:
-        For each layer that was fitted, the squared error on the positions kept for checking,
-        before and after, as a share of the variance.
+        For each layer that was fitted, the squared error on the samples kept for checking, before
+        and after, as a share of the variance. Empty where weights stay.
 
     Raises:
         InputError: `pruned` has no plan, `dense` is not the network of that plan, there are no
-            minibatches, or they can't be run.
+            minibatches, they can't be run, or they are not finite. `pruned` is as it was then.
 
     Example:
         >>> import torch, halp_fx
@@ -282,9 +285,7 @@ def reconstruct(
     plan = plan_of(pruned)
     dense = unwrapped(dense, stacklevel=3)
     _check_minibatches(minibatches, ridge)
-    batches = list(itertools.islice(data, MINIBATCHES if minibatches is None else minibatches))
-    if not batches:
-        raise InputError("data has no batches: pass at least one (inputs, target)")
+    batches = first_minibatches(data, minibatches)
     if not isinstance(dense, nn.Module):
         raise InputError(f"dense is a {type(dense).__name__}: pass the network before pruning")
     _check_dense(pruned, dense, plan)

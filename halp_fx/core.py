@@ -54,9 +54,8 @@ def compile_core(
             or reads them so that it doesn't matter which and how many there are.
         put_back: `put_back(copied_model, pruned_core)` puts the core of a function into a copy of
             the model; it may return another module to be the result.
-        options: as in `halp_fx.compile`, save `candidates`, `steps` and `reconstruct`. For
-            names, `data` holds `(inputs, target)` of the whole model and `loss` takes the output
-            of the whole model.
+        options: as in `halp_fx.compile`, save `candidates` and `steps`. For names, `data` holds
+            `(inputs, target)` of the whole model and `loss` takes the output of the whole model.
 
     Returns:
         A copy of the model, of the same class, with a smaller core. Names in its `state_dict()`
@@ -95,10 +94,11 @@ def compile_core(
     calls, tensors = capture(model, names, inputs)
     if flow is None:
         flow = side_by_side(calls)
-        taken = [t for name in names for t in tensors[name]]
+        read = names
     else:
-        taken = tensors[names[0]]
-    pruned = prune_parts(compile, model, calls, flow, budget, tuple(taken), **options)
+        read = names[:1]
+    taken = tuple(t for name in read for t in tensors[name])
+    pruned = prune_parts(compile, model, calls, flow, budget, taken, read=read, **options)
     with_outside(pruned, names, inputs, options.get("latency"))
     return pruned
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 from halp_fx.errors import InputError
 from halp_fx.minibatches import device_of, inputs_of
@@ -37,9 +40,11 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
         for m in network.modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
     ]
+    functions = _statistics_of_functions(network)
     modes = {m: m.training for m in network.modules()}
     momenta = [m.momentum for m in norms]
     saved = [{k: v.clone() for k, v in m.state_dict().items()} for m in norms]
+    saved_functions = [(t, t.clone()) for pair in functions for t in pair]
     device = device_of(network)
     used = 0
     try:
@@ -48,7 +53,7 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
             norm.reset_running_stats()
             norm.momentum = None  # a plain average over the batches
             norm.train()
-        with torch.no_grad():
+        with torch.no_grad(), _Averaged(functions):
             for batch in data:
                 if batches is not None and used >= batches:
                     break
@@ -59,6 +64,8 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
     except BaseException:
         for norm, state in zip(norms, saved, strict=True):
             norm.load_state_dict(state)
+        for tensor, before in saved_functions:
+            tensor.copy_(before)
         raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
@@ -66,3 +73,46 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
         for module, training in modes.items():
             module.training = training
     return used
+
+
+def _statistics_of_functions(network: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Running means and variances of the batch norms that graphs call as functions.
+
+    Those of a library's own modules, as batch norms with an activation, are traced so.
+    """
+    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for graph in network.modules():
+        if not isinstance(graph, fx.GraphModule):
+            continue
+        tensors = dict(graph.named_buffers(remove_duplicate=False))
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and node.target is F.batch_norm:
+                given = _SIGNATURE.bind(*node.args, **node.kwargs).arguments
+                pair = [given["running_mean"], given["running_var"]]
+                names = [n.target for n in pair if isinstance(n, fx.Node) and n.op == "get_attr"]
+                if len(names) == 2 and all(name in tensors for name in names):
+                    mean, var = (tensors[str(name)] for name in names)
+                    found[id(mean)] = (mean, var)
+    return list(found.values())
+
+
+_SIGNATURE = inspect.signature(F.batch_norm)
+
+
+class _Averaged(TorchFunctionMode):
+    """Batch norms called as functions average these statistics over the batches."""
+
+    def __init__(self, statistics: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        super().__init__()
+        self._calls = {id(mean): 0 for mean, _ in statistics}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            given = _SIGNATURE.bind(*args, **kwargs)
+            key = id(given.arguments["running_mean"])
+            if key in self._calls:
+                self._calls[key] += 1
+                given.arguments |= {"training": True, "momentum": 1 / self._calls[key]}
+                args, kwargs = given.args, given.kwargs
+        return func(*args, **kwargs)

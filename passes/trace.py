@@ -118,7 +118,8 @@ def _link_training_flags(
     """Constants that are False in eval and True in train mode read `training` when they run.
 
     Tracing freezes `F.dropout(x, training=self.training)`; a second graph, traced in train mode,
-    shows which constants those are. Where the two graphs differ in more, nothing is linked.
+    shows which constants those are. The count of batches of a batch norm, which is there in train
+    mode only, is left out. Where the two graphs differ in more, nothing is linked.
     """
     twin = structural_copy(model).train()
     try:
@@ -126,28 +127,55 @@ def _link_training_flags(
             other = Tracer(inputs, opaque).trace(twin)
     except Exception:  # noqa: BLE001  whatever it is, the graph traced in eval mode stands
         return
-    pairs = list(zip(graph.nodes, other.nodes, strict=False))
-    if len(graph.nodes) != len(other.nodes):
+    others = _without_counts(other)
+    pairs = list(zip(graph.nodes, others, strict=False))
+    twins = {b: a for a, b in pairs}
+    if len(graph.nodes) != len(others) or any(
+        a.op != b.op
+        or str(a.target) != str(b.target)
+        or not all(used in twins for used in b.all_input_nodes)
+        for a, b in pairs
+    ):
         return
-    if any(a.op != b.op or str(a.target) != str(b.target) for a, b in pairs):
-        return
-    flags = [
-        (a, b) for a, b in pairs if str(a.args) != str(b.args) or str(a.kwargs) != str(b.kwargs)
-    ]
-    if not flags or not all(_flag_only(a, b) for a, b in flags):
+    # Both in nodes of the one graph: names may differ where the other has more.
+    given: list[tuple[fx.Node, Any, Any]] = []
+    for a, b in pairs:
+        args, kwargs = (fx.node.map_arg(x, twins.__getitem__) for x in (b.args, b.kwargs))
+        given.append((a, args, kwargs))
+    flags = [(a, x, y) for a, x, y in given if (str(a.args), str(a.kwargs)) != (str(x), str(y))]
+    if not flags or not all(_flag_only(*one) for one in flags):
         return
     first = next(n for n in graph.nodes if n.op != "placeholder")
     with graph.inserting_before(first):
         training = graph.create_node("get_attr", "training")
-    for a, b in flags:
-        a.args = tuple(_linked(x, y, training) for x, y in zip(a.args, b.args, strict=True))
-        a.kwargs = {k: _linked(v, b.kwargs[k], training) for k, v in a.kwargs.items()}
+    for a, args, kwargs in flags:
+        a.args = tuple(_linked(x, y, training) for x, y in zip(a.args, args, strict=True))
+        a.kwargs = {k: _linked(v, kwargs[k], training) for k, v in a.kwargs.items()}
 
 
-def _flag_only(a: fx.Node, b: fx.Node) -> bool:
-    if len(a.args) != len(b.args) or a.kwargs.keys() != b.kwargs.keys():
+def _without_counts(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes, save those that count the batches of a batch norm, which nobody reads."""
+    found = list(graph.nodes)
+    for node in graph.nodes:
+        first = node.args[0] if node.args else None
+        if (
+            node.op == "call_method"
+            and node.target == "add_"
+            and isinstance(first, fx.Node)
+            and first.op == "get_attr"
+            and str(first.target).endswith("num_batches_tracked")
+            and not node.users
+        ):
+            found.remove(node)
+            if list(first.users) == [node]:
+                found.remove(first)
+    return found
+
+
+def _flag_only(a: fx.Node, args: Any, kwargs: Any) -> bool:
+    if len(a.args) != len(args) or a.kwargs.keys() != kwargs.keys():
         return False
-    pairs = [*zip(a.args, b.args, strict=True), *((v, b.kwargs[k]) for k, v in a.kwargs.items())]
+    pairs = [*zip(a.args, args, strict=True), *((v, kwargs[k]) for k, v in a.kwargs.items())]
     return all(str(x) == str(y) or (x is False and y is True) for x, y in pairs)
 
 

@@ -283,6 +283,27 @@ def test_candidates_are_refused(ssd: tuple[nn.Module, nn.Module]) -> None:
         prune(ssd[0], candidates=3)
 
 
+def test_a_detector_of_one_stage_is_reconstructed() -> None:
+    model = small_ssd().eval()
+    data = [(given, targets(given, "ssd")) for given in (images(seed=s) for s in range(4))]
+    with snapshot(model):
+        plain, fitted = (prune(model, data=data, reconstruct=fit) for fit in (False, True))
+    plans = [halp_fx.plan_of(net) for net in (plain, fitted)]
+    assert [u.tolist() for u in plans[0].units] == [u.tolist() for u in plans[1].units]
+    assert plans[1].report["reconstructed_layers"] > 0
+    fresh = torch.rand(4, 3, 64, 64)
+
+    def off(small: Any) -> float:
+        with torch.no_grad():
+            own, dense = (net.head(list(net.backbone(fresh).values())) for net in (small, model))
+        names = dense.keys()
+        return sum(float((own[k] - dense[k]).square().sum() / dense[k].var()) for k in names)
+
+    assert off(fitted.eval()) < off(plain.eval())
+    with pytest.raises(InputError, match="reconstruct=True is not known for a FasterRCNN"):
+        prune(small_rcnn(), data=data, reconstruct=True)
+
+
 class _Noted(FasterRCNN):
     def forward(self, images: Any, targets: Any = None) -> Any:
         return super().forward(images, targets)

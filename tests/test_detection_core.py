@@ -269,6 +269,25 @@ def test_mistakes_with_functions_are_named() -> None:
         compile_core(model, lambda m: [m], 0.5, batch, put_back=put_stem_back)  # type: ignore[arg-type]
 
 
+def test_a_core_is_reconstructed() -> None:
+    model = around()
+    data = [(example(seed), torch.zeros(1)) for seed in range(4)]
+    options: dict[str, Any] = {"data": data, "loss": lambda out, _: out.float().square().mean()}
+    with snapshot(model):
+        plain = prune("encoder", model=model, **options)
+        fitted = prune("encoder", model=model, **options, reconstruct=True)
+    assert halp_fx.plan_of(fitted).report["reconstructed_layers"] > 0
+    image = torch.stack(example(9)[0])
+    with torch.no_grad():
+        dense, *others = (
+            net.eval().encoder(image, scale=2.0)["coarse"] for net in (model, plain, fitted)
+        )
+    off = [float((other - dense).square().mean()) for other in others]
+    assert off[1] < off[0]
+    with pytest.raises(InputError, match="an iterator, which is used up after one look"):
+        prune("encoder", model=model, **{**options, "data": iter(data)}, reconstruct=True)
+
+
 @pytest.mark.parametrize(
     ("core", "options", "message"),
     [

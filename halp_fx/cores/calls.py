@@ -105,13 +105,17 @@ def bound(
 
 
 def capture(
-    model: nn.Module, names: Sequence[str], inputs: tuple[Any, ...]
+    model: nn.Module,
+    names: Sequence[str],
+    inputs: tuple[Any, ...],
+    what: str = "example_inputs",
 ) -> tuple[dict[str, Call], dict[str, list[torch.Tensor]]]:
     """Run the whole model once on a copy, in eval mode, and note how it calls the parts.
 
     Args:
         names: submodules of `model`, none inside of another.
         inputs: positional arguments of `model`.
+        what: they are, for messages.
 
     Returns:
         part -> its first call, and part -> the tensors that it was called with; both in the
@@ -134,7 +138,7 @@ def capture(
             copied(*inputs)
     except Exception as error:
         raise InputError(
-            f"{type(model).__name__} can't be run on example_inputs: {type(error).__name__}: "
+            f"{type(model).__name__} can't be run on {what}: {type(error).__name__}: "
             f"{error}. Pass the positional arguments of the whole model"
         ) from error
     finally:
@@ -143,7 +147,7 @@ def capture(
     missing = [name for name in names if name not in seen]
     if missing:
         raise InputError(
-            f"{type(model).__name__} does not call {missing} on example_inputs in eval mode: name "
+            f"{type(model).__name__} does not call {missing} on {what} in eval mode: name "
             "submodules that its forward calls"
         )
     for call, tensors in seen.values():

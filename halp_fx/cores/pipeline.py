@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from halp_fx.cores.assembly import Flow, assemble
 from halp_fx.cores.calls import Call
+from halp_fx.cores.data import PartInputs
 from halp_fx.cores.outside import split_ms
 from halp_fx.cores.put_back import put_back
 from halp_fx.cores.whole import scores_of_whole
@@ -33,6 +34,7 @@ def prune_parts(
     budget: Any,
     inputs: tuple[torch.Tensor, ...],
     *,
+    read: Sequence[str],
     scored: nn.Module | None = None,
     data: Iterable[Any] | None = None,
     loss: Callable[[Any, Any], Any] | None = None,
@@ -45,11 +47,12 @@ def prune_parts(
         compile: `halp_fx.compile`.
         flow: how tensors go from part to part.
         inputs: what `flow` takes.
+        read: the parts that the model calls with these inputs.
         scored: the model as it is run on `data` for the saliency; None: `model`.
         options: further options of `halp_fx.compile`.
 
     Raises:
-        InputError: as `halp_fx.compile`; or `candidates`, `steps` or `reconstruct` is asked for.
+        InputError: as `halp_fx.compile`; or `candidates` or `steps` is not 1.
     """
     refuse_trials(options)
     if data is not None and loss is None:
@@ -64,6 +67,8 @@ def prune_parts(
         )
     if data is not None and loss is not None and saliency in (None, *BY_LOSS):
         saliency = scores_of_whole(model if scored is None else scored, data, loss, saliency)
+    if options.get("reconstruct") and data is not None and not isinstance(data, Iterator):
+        data, loss = PartInputs(model, read, data), None
     core = compile(
         assemble(model, calls, flow, len(inputs)), budget, inputs,
         data=data, loss=loss, saliency=saliency, **options,
@@ -73,8 +78,8 @@ def prune_parts(
 
 def refuse_trials(options: Mapping[str, Any]) -> None:
     """Nothing can be tried on data by the core alone."""
-    for name, usual in (("steps", 1), ("candidates", 1), ("reconstruct", False)):
-        if options.get(name, usual) != usual:
+    for name in ("steps", "candidates"):
+        if options.get(name, 1) != 1:
             raise InputError(
                 f"{name}={options[name]!r} is not known for the core of a model, which can't be "
                 "run on data alone: leave it out"

@@ -10,7 +10,8 @@ from torch import nn
 
 from halp_fx.cores import Call, Compile, Flow, assemble, capture, prune_parts, with_outside
 from halp_fx.detection.images import Batches, example_images, for_losses, sum_of_losses
-from halp_fx.detection.kinds import channels_of, core_flow, core_names
+from halp_fx.detection.kinds import channels_of, core_flow, core_names, has_regions
+from halp_fx.errors import InputError
 from halp_fx.passes.rules.core import OnMeta
 from halp_fx.passes.rules.structure import empty_like, named_tensors, substitute_copy, without_data
 
@@ -37,8 +38,7 @@ def prune_detector(
             the size that the detector expects.
         data: minibatches `(images, targets)`, as the detector takes them in training.
         loss: `loss(losses, targets)` of the detector's dict of losses; None: their sum.
-        options: further options of `halp_fx.compile`, save `candidates`, `steps` and
-            `reconstruct`.
+        options: further options of `halp_fx.compile`, save `candidates` and `steps`.
 
     Returns:
         The same detector with smaller layers; names in its `state_dict()` are as they were.
@@ -46,11 +46,17 @@ def prune_detector(
     images = example_images(model, example_inputs)
     names = core_names(model)
     calls, flow, batched = _calls(model, names, images)
+    if options.get("reconstruct") and has_regions(model):
+        raise InputError(
+            f"reconstruct=True is not known for a {type(model).__name__}, whose heads read pooled "
+            "regions: leave it out, and fine-tune"
+        )
     if data is not None:
         data, loss = Batches(data, batched[0].device), sum_of_losses(loss)
     pruned = prune_parts(
         compile, model, calls, flow, budget, tuple(batched),
-        scored=for_losses(model), data=data, loss=loss, latency=latency, **options,
+        read=["backbone"], scored=for_losses(model), data=data, loss=loss, latency=latency,
+        **options,
     )  # fmt: skip
     _correct_width(pruned.get_submodule("backbone"), batched)
     with_outside(pruned, names, (images,), latency, before="transform")

@@ -11,9 +11,10 @@ __all__ = ["Fit", "Moments", "error", "solve"]
 
 @dataclass(frozen=True)
 class Fit:
-    """How well a layer gives what the dense one gives, on positions kept for checking.
+    """How well a layer gives what the dense one gives, on samples kept for checking.
 
-    Mean squared error as a share of the variance of what it is to give.
+    Mean squared error as a share of the variance of what it is to give. Where a batch norm
+    follows, the mean is its matter and does not count.
     """
 
     before: float
@@ -25,9 +26,12 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
+        self._known: dict[bool, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """More rows; float32 products are taken about a point near the means, as exact as need."""
+        """More rows; products are taken about a point near the means, where they lose little."""
+        if not len(x):
+            return
         x, y = x.transpose(0, 1), y.transpose(0, 1)
         if not self.count:
             self._x0, self._y0 = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
@@ -39,6 +43,11 @@ class Moments:
         else:
             self._sums = [a + b for a, b in zip(self._sums, found, strict=True)]
         self.count += x.shape[1]
+        self._known.clear()
+
+    def finite(self) -> bool:
+        """Whether there are rows, and no NaN and no infinity among them."""
+        return self.count > 0 and all(bool(part.isfinite().all()) for part in self._sums)
 
     @property
     def means(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,6 +61,11 @@ class Moments:
 
         About the means, or about 0.
         """
+        if centred not in self._known:
+            self._known[centred] = self._about(centred)
+        return self._known[centred]
+
+    def _about(self, centred: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         xx, xy, yy, x, y = (part / self.count for part in self._sums)
         xx = xx - x[:, :, None] * x[:, None]
         xy = xy - x[:, :, None] * y[:, None]
@@ -75,13 +89,12 @@ def solve(
         ridge: above 0; what no data say anything of stays as it is.
 
     Returns:
-        (groups, o, d); None where the inputs are all 0 or the moments are not finite.
+        (groups, o, d), for groups whose inputs are all 0 the weight as it was; None where there
+        is no solution in floating point.
     """
     xx, xy, _ = moments.about(centred)
     size = xx.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    if not bool((size > 0).all()) or not bool(xx.isfinite().all() and xy.isfinite().all()):
-        return None
-    damp = ridge * size
+    damp = ridge * torch.where(size > 0, size, torch.ones_like(size))
     system = xx + damp * torch.eye(xx.shape[1], dtype=xx.dtype)
     factor, failed = torch.linalg.cholesky_ex(system)
     if bool(failed.any()):
@@ -90,19 +103,18 @@ def solve(
 
 
 def error(
-    moments: Moments, weight: torch.Tensor, bias: torch.Tensor | None, *, centred: bool = False
+    moments: Moments, weight: torch.Tensor, bias: torch.Tensor, *, centred: bool = False
 ) -> float:
     """Mean squared error of `weight` x + `bias` as a share of the variance of y.
 
     Args:
         weight: (groups, o, d).
-        bias: (groups, o); None: 0.
+        bias: (groups, o).
         centred: with the best bias instead.
     """
     xx, xy, yy = moments.about(True)
     square = yy - 2 * (weight.mT * xy).sum(1) + ((weight @ xx) * weight).sum(2)
     if not centred:
         x, y = moments.means
-        left = y - (weight @ x[..., None])[..., 0]
-        square = square + (left if bias is None else left - bias).square()
+        square = square + (y - (weight @ x[..., None])[..., 0] - bias).square()
     return float(square.sum().clamp_min(0) / yy.sum().clamp_min(1e-300))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,24 +11,28 @@ import torch
 from torch import fx
 
 from halp_fx.errors import InputError
-from halp_fx.minibatches import device_of, inputs_of
+from halp_fx.minibatches import device_of, float_tensors, inputs_of
 from halp_fx.passes.rules.structure import named_tensors, substitute_copy
+from halp_fx.recalibrate import recalibrate
 from halp_fx.reconstruction.fit import Fit, Moments, error, solve
-from halp_fx.reconstruction.layers import BATCH_NORMS, Index, Layer, layers_of, rows_of
+from halp_fx.reconstruction.layers import Index, Layer, layers_of, rows_of
+from halp_fx.reconstruction.norms import Norm, Spread, Tensors, spread_of
 from halp_fx.reconstruction.walk import Walk
 
-__all__ = ["MINIBATCHES", "refit"]
+__all__ = ["MINIBATCHES", "first_minibatches", "refit"]
 
 MINIBATCHES = 32  # of the data, at most
 _MEMORY = 1 << 30  # bytes of activations of both networks, above which no minibatch joins
 _ROWS = 16384  # positions that a layer is fitted on, at least and at most,
 _MOST_ROWS = 65536
 _ROWS_EACH = 64  # and in between so many for each input that an output is computed from
-_CHECKED = 4  # one position in so many is kept for checking
-_SAME = 1e-6  # relative squared error up to which a layer has nothing to make up for
+_CHECKED = 4  # one sample in so many is kept for checking
+_RIDGES = (1.0, 30.0)  # times the ridge: the one with the least error where it is checked
+_State = dict[int, tuple[torch.Tensor, torch.Tensor]]  # tensors by id, and what was in them
+
+_SAME = 1e-5  # relative squared error up to which a layer has nothing to make up for
 
 
-@torch.no_grad()
 def refit(
     network: fx.GraphModule,
     dense: fx.GraphModule,
@@ -48,35 +51,119 @@ def refit(
         kept: of the plan.
 
     Raises:
-        InputError: `data` has no minibatches.
+        InputError: `data` are no minibatches that the networks can be run on.
     """
-    most = MINIBATCHES if minibatches is None else minibatches
     device = device_of(network)
-    batches = [inputs_of(batch, device) for batch in itertools.islice(data, most)]
-    if not batches:
-        raise InputError("data has no batches: pass at least one (inputs, target)")
-    # Shares the tensors, not the modes; buffers are its own, for what is stateful in eval mode.
+    batches = [inputs_of(batch, device) for batch in first_minibatches(data, minibatches)]
+    for i, inputs in enumerate(batches):
+        if not all(bool(t.isfinite().all()) for t in float_tensors(inputs)):
+            raise InputError(f"minibatch {i} of data has inputs that are NaN or infinite")
+    # Shares the parameters, not the modes; buffers are its own, for what is stateful in eval mode.
     reference = substitute_copy(dense, {id(p): p for p in dense.parameters()}).eval()
     modes = {module: module.training for module in network.modules()}
-    saved = {id(t): (t, t.clone()) for _, t in named_tensors(network)}
-    try:
-        network.eval()
-        return _Reconstruction(network, reference, kept, batches, ridge).run(tell)
-    except BaseException:
-        for tensor, before in saved.values():
-            tensor.copy_(before)
-        raise
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    saved = {id(t): (t, t.detach().clone()) for _, t in named_tensors(network)}
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast(device.type, enabled=False),
+    ):
+        try:
+            network.eval()
+            fits = _Reconstruction(network, reference, kept, batches, ridge).run(tell)
+            return fits if not fits or _is_nearer(network, reference, batches, saved) else {}
+        except BaseException:
+            _restore(saved)
+            raise
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def _restore(saved: _State) -> None:
+    for tensor, before in saved.values():
+        tensor.copy_(before)
+
+
+def _is_nearer(
+    network: fx.GraphModule,
+    dense: fx.GraphModule,
+    batches: Sequence[tuple[Any, ...]],
+    saved: _State,
+) -> bool:
+    """Whether the outputs are nearer to the dense ones than those of the weights before.
+
+    If not, the network has those weights again, and recalibrated batch norms.
+    """
+    fitted = {key: (tensor, tensor.clone()) for key, (tensor, _) in saved.items()}
+    aims = _outputs(dense, batches)
+    off = _distance(_outputs(network, batches), aims)
+    _restore(saved)
+    recalibrate(network, [(inputs, None) for inputs in batches])
+    nearer = off < _distance(_outputs(network, batches), aims)
+    if nearer:
+        _restore(fitted)
+    return nearer
+
+
+def _outputs(
+    network: fx.GraphModule, batches: Sequence[tuple[Any, ...]]
+) -> list[list[torch.Tensor]]:
+    """What a network gives for the samples kept for checking, on the CPU."""
+    found = []
+    for i, inputs in enumerate(batches):
+        outputs = float_tensors(network(*inputs_of((inputs, None), device_of(network))))
+        first = next((t for t in inputs if isinstance(t, torch.Tensor) and t.ndim), None)
+        samples = 0 if first is None else len(first)
+        held = torch.ones(samples, dtype=torch.bool)
+        if samples > 1 or len(batches) > 1:
+            held = _held(torch.arange(samples), samples, i, len(batches))
+        found.append(
+            [
+                (o[held.to(o.device)] if o.ndim and len(o) == samples else o).double().cpu()
+                for o in outputs
+            ]
+        )
+    return found
+
+
+def _distance(own: list[list[torch.Tensor]], dense: list[list[torch.Tensor]]) -> float:
+    """Squared difference relative to the squared outputs of the dense network."""
+    pairs = [pair for a, b in zip(own, dense, strict=True) for pair in zip(a, b, strict=True)]
+    off = sum(float((a - b).square().sum()) for a, b in pairs)
+    return off / max(sum(float(b.square().sum()) for _, b in pairs), 1e-300)
+
+
+def first_minibatches(data: Any, most: int | None) -> list[Any]:
+    """So many minibatches of the data, or what is there.
+
+    Raises:
+        InputError: there are none, or `data` can't hold any.
+    """
+    if isinstance(data, torch.Tensor) or not isinstance(data, Iterable):
+        raise InputError(
+            f"data is a {type(data).__name__}: pass a list of minibatches, or a loader"
+        )
+    found = list(itertools.islice(data, MINIBATCHES if most is None else most))
+    if not found:
+        raise InputError("data has no batches: pass at least one (inputs, target)")
+    return found
 
 
 @dataclass(frozen=True)
-class _Spread:
-    """Mean and variance (channels,) of what a batch norm reads."""
+class _Line:
+    """What a layer and the batch norm after it are to give: `slope * layer + offset`."""
 
-    mean: torch.Tensor
-    var: torch.Tensor
+    slope: torch.Tensor  # (channels,), float64
+    offset: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """What a layer is to give, one tensor a minibatch, on the channels that survive."""
+
+    values: Sequence[torch.Tensor]
+    absorbs: bool  # through the batch norm, which becomes part of the fit
+    shifted: bool  # a batch norm follows that takes the mean away
 
 
 class _Reconstruction:
@@ -90,16 +177,16 @@ class _Reconstruction:
         batches: Sequence[tuple[Any, ...]],
         ridge: float,
     ) -> None:
-        self.network, self.dense, self.kept, self.ridge = network, dense, kept, ridge
+        self.kept, self.ridge = kept, ridge
         self.own, self.other = Walk(network), Walk(dense, self._watch)
         self.waiting = list(batches)
         self.other_device = device_of(dense)
-        self.layers = layers_of(network, dense, kept)
-        self.calls = Counter(n.target for n in network.graph.nodes if n.op == "call_module")
+        self.layers = {layer.node: layer for layer in layers_of(network, dense, kept)}
+        self.norms = _norms_of(network)
+        self.dense_norms = _norms_of(dense)
         self.generator = torch.Generator().manual_seed(0)
-        self.read: dict[str, _Spread] = {}  # batch norm -> what the dense one reads
-        # Batch norm of a layer that ends in a sum -> slope and offset of the two together.
-        self.lines: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.read: dict[str, Spread] = {}  # batch norm -> what the dense one reads
+        self.lines: dict[str, _Line] = {}  # batch norm -> what it was fitted to with its layer
 
     def run(self, tell: Callable[[int, int], None] | None) -> dict[str, Fit]:
         """Each layer once, in the order in which they run."""
@@ -107,22 +194,21 @@ class _Reconstruction:
         other = self.other.peaks(self._there(self.waiting[0]))
         self._join(own[0] + other[0])
         found: dict[str, Fit] = {}
-        layers = {layer.node: layer for layer in self.layers}
         for i, node in enumerate(self.own.nodes):
-            if node in layers:
+            layer, norm = self.layers.get(node), self.norms.get(node)
+            if layer is not None:
                 self._join(own[self.own.at] + other[self.other.at])
-                layer = layers[node]
-                self.other.run(self.other.index[layer.aim.name] + 1)
                 fit = self._fit(layer)
                 if fit is not None:
                     found[layer.name] = fit
                 if tell is not None:
-                    tell(self.layers.index(layer) + 1, len(self.layers))
-            norm = self._norm_at(node)
-            if norm is not None:
-                self.other.run(self.other.index[node.name] + 1)
-                values = self.own.values(node.all_input_nodes[0])
-                self._settle(str(node.target), norm, _spread(values))
+                    done = list(self.layers).index(node) + 1
+                    tell(done, len(self.layers))
+            twin = self.other.index.get(node.name)
+            if norm is not None and twin is not None:
+                self.other.run(twin + 1)
+                if norm.name in self.read:
+                    self._settle(norm, spread_of(self.own.values(_main_input(node))))
             self.own.run(i + 1)
         return found
 
@@ -139,160 +225,192 @@ class _Reconstruction:
     def _there(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return inputs_of((inputs, None), self.other_device)
 
-    def _norm_at(self, node: fx.Node) -> Any:
-        """The batch norm that a node of either network calls, where its statistics can be set."""
-        if node.op != "call_module" or node.name not in self.other.index:
-            return None
-        module = self.network.get_submodule(str(node.target))
-        twin = self.other.nodes[self.other.index[node.name]]
-        alone = twin.target == node.target and self.calls[node.target] == 1
-        known = isinstance(module, BATCH_NORMS) and module.running_mean is not None
-        return module if alone and known else None
-
-    def _watch(self, node: fx.Node, values: list[Any]) -> None:
+    def _watch(self, node: fx.Node, walk: Walk) -> None:
         """Note what a batch norm of the dense network reads."""
-        if node.op == "call_module":
-            module = self.dense.get_submodule(str(node.target))
-            if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
-                self.read[str(node.target)] = _spread(values)
+        norm = self.dense_norms.get(node)
+        if norm is not None:
+            self.read[norm.name] = spread_of(walk.values(_main_input(node)))
+
+    def _aim(self, layer: Layer, inputs: Sequence[Any]) -> _Aim | None:
+        """What the dense network has where the layer ends; None where that is no tensor."""
+        self.other.run(self.other.index[layer.twin.name] + 1)
+        device = inputs[0].device
+
+        def survivors(value: torch.Tensor) -> torch.Tensor:
+            value = value.to(device)
+            if layer.kept is None:
+                return value
+            return value.index_select(layer.channel_dim, layer.kept.to(device))
+
+        values = self.other.values(layer.twin)
+        if not all(isinstance(value, torch.Tensor) for value in values):
+            return None
+        own = [survivors(value) for value in values]
+        # The channels of a batch norm are dim 1; a linear layer's are the last.
+        norm = layer.norm if layer.channel_dim % own[0].ndim == 1 else None
+        absorbable = norm is not None and norm.weight is not None and norm.bias is not None
+        if layer.sum is not None and (layer.norm is None or absorbable):
+            addends = self.own.values(layer.sum.addend)
+            if all(_fits(addend, value) for addend, value in zip(addends, own, strict=True)):
+                self.other.run(self.other.index[layer.sum.node.name] + 1)
+                sums = self.other.values(layer.sum.node)
+                left = [survivors(s) - a for s, a in zip(sums, addends, strict=True)]
+                return _Aim(left, absorbs=norm is not None, shifted=False)
+        return _Aim(own, absorbs=False, shifted=norm is not None)
 
     def _fit(self, layer: Layer) -> Fit | None:
-        """Fit one layer; None where it has nothing to make up for, or can't be fitted."""
-        scale, offset = _line(layer)
-        moments = self._moments(layer)
-        if moments is None:
+        """Fit one layer; None where it has nothing to make up for, or can't be made better."""
+        inputs = self.own.values(_main_input(layer.node))
+        if not all(isinstance(x, torch.Tensor) for x in inputs):
             return None
-        used, checked = moments
-        free = layer.module.bias is not None or layer.shifted
-        groups = getattr(layer.module, "groups", 1)
-        weight = layer.module.weight.detach().double().cpu()
-        shape = (groups, len(weight) // groups, -1)
-        present = (weight.flatten(1) * scale[:, None]).reshape(shape)
-        bias = offset.reshape(shape[:2])
-        if error(checked, present, bias) < _SAME:
+        aim = self._aim(layer, inputs)
+        rows = self._rows(layer, inputs, aim.values) if aim is not None else None
+        if aim is None or rows is None:
             return None
-        before = error(checked, present, bias, centred=free)
-        new = solve(used, present, centred=free, ridge=self.ridge)
-        after = before if new is None else error(checked, new, None, centred=free)
-        if new is None or not after < before:
-            new, after = present, before
+        used, checked = rows
+        if not used.finite() or not checked.finite():
+            return None
+        module = layer.module
+        weight = module.weight.detach().double().cpu()
+        shape = (layer.groups, len(weight) // layer.groups, -1)
+        line = _line(layer, aim.absorbs)
+        present = (weight.flatten(1) * line.slope[:, None]).reshape(shape)
+        offset = line.offset.reshape(shape[:2])
+        if error(checked, present, offset) < _SAME:
+            return None
+        free = aim.absorbs or aim.shifted or module.bias is not None
         x, y = used.means
-        bias = (y - (new @ x[..., None])[..., 0]).flatten() if free else offset
-        self._write(layer, new.reshape(len(weight), -1), bias, scale)
+        before = after = error(checked, present, offset, centred=aim.shifted)
+        best: tuple[torch.Tensor, torch.Tensor] | None = None
+        ridges = [self.ridge * factor for factor in _RIDGES]
+        for new in (present, *(solve(used, present, centred=free, ridge=r) for r in ridges)):
+            if new is None:
+                continue
+            bias = y - (new @ x[..., None])[..., 0] if free else offset
+            off = error(checked, new, bias, centred=aim.shifted)
+            if off < after:
+                best, after = (new, bias), off
+        if best is None:
+            return None
+        self._write(layer, best[0].reshape(len(weight), -1), best[1].flatten(), aim.absorbs)
         return Fit(before, after)
 
-    def _write(
-        self, layer: Layer, new: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor
-    ) -> None:
+    def _write(self, layer: Layer, rows: torch.Tensor, bias: torch.Tensor, absorbs: bool) -> None:
         module = layer.module
-        weight = module.weight
-        # A batch norm that nearly switches a channel off leaves no weights that could be told.
-        told = scale.abs() > 1e-6 * scale.abs().max()
-        rows = new / torch.where(told, scale, torch.ones_like(scale))[:, None]
-        rows = torch.where(told[:, None], rows, weight.detach().double().cpu().flatten(1))
-        weight.copy_(rows.reshape(weight.shape))
-        if layer.norm is not None:
-            slope = torch.where(told, scale, torch.full_like(scale, torch.nan))
-            if module.bias is not None:  # the norm takes it up
-                bias = bias - scale * module.bias.detach().double().cpu()
-            self.lines[_target_of_norm(layer)] = (slope, bias)
-        elif module.bias is not None:
-            module.bias.copy_(bias)
+        if not absorbs:
+            module.weight.copy_(rows.reshape(module.weight.shape))
+            if module.bias is not None:
+                module.bias.copy_(bias)
+            return
+        # The batch norm takes up any factor: filters keep the size that they had, so that neither
+        # they nor what they give leaves the range of half precision.
+        weight = module.weight.detach().double().cpu().flatten(1)
+        size, usual = rows.norm(dim=1), weight.norm(dim=1)
+        slope = torch.where((size > 0) & (usual > 0), size / usual, torch.ones_like(size))
+        filters = torch.where((size > 0)[:, None], rows / slope[:, None], weight)
+        slope = torch.where(size > 0, slope, torch.zeros_like(slope))
+        module.weight.copy_(filters.reshape(module.weight.shape))
+        if module.bias is not None:
+            bias = bias - slope * module.bias.detach().double().cpu()
+        assert layer.norm is not None
+        self.lines[layer.norm.name] = _Line(slope, bias)
 
-    def _moments(self, layer: Layer) -> tuple[Moments, Moments] | None:
-        """Of the rows that count, and of those kept for checking."""
-        inputs = self.own.values(layer.node.all_input_nodes[0])
-        aims = self.other.values(layer.aim)
-        addends: list[Any] = [None] * len(aims)
-        if layer.addend is not None:
-            addends = self.own.values(layer.addend)
-        groups = getattr(layer.module, "groups", 1)
+    def _rows(
+        self, layer: Layer, inputs: Sequence[torch.Tensor], aims: Sequence[torch.Tensor]
+    ) -> tuple[Moments, Moments] | None:
+        """Moments of the rows that count, and of those of samples kept for checking."""
         size = layer.module.weight[0].numel()
-        rows = min(max(_ROWS, _ROWS_EACH * size), _MOST_ROWS) if groups == 1 else _ROWS
+        rows = min(max(_ROWS, _ROWS_EACH * size), _MOST_ROWS) if layer.groups == 1 else _ROWS
         each = -(-rows // len(inputs))
         used, checked = Moments(), Moments()
-        for x, aim, addend in zip(inputs, aims, addends, strict=True):
-            if not isinstance(aim, torch.Tensor) or not isinstance(x, torch.Tensor):
-                return None
-            aim = aim.to(x.device)
-            if layer.kept is not None:
-                aim = aim.index_select(layer.channel_dim, layer.kept.to(x.device))
-            if addend is not None:
-                if addend.shape != aim.shape:
-                    return None
-                aim = aim - addend
-            found = rows_of(layer, x, aim, each, self.generator)
+        for i, (x, y) in enumerate(zip(inputs, aims, strict=True)):
+            found = rows_of(layer, x, y, each, self.generator)
             if found is None:
                 return None
-            part = max(len(found[0]) // _CHECKED, 1)
-            checked.add(*(rows[:part] for rows in found))
-            if len(found[0]) > part:
-                used.add(*(rows[part:] for rows in found))
-        return (used, checked) if used.count else None
+            held = _held(found.samples, len(x), i, len(inputs))
+            for moments, part in ((used, found.where(~held)), (checked, found.where(held))):
+                moments.add(part.read, part.given)
+        return used, checked
 
-    def _settle(self, name: str, norm: Any, own: _Spread) -> None:
+    def _settle(self, norm: Norm, own: Spread) -> None:
         """Set a batch norm so that it gives each channel the mean and the variance of the dense.
 
-        That of a layer that ends in a sum gives what the two were fitted to instead.
+        That of a layer that was fitted through it gives what the two were fitted to instead.
         """
-        dense: Any = self.dense.get_submodule(name)
-        index = self.kept[f"{name}.running_mean"][0]
-        read = self.read[name]
-        there = [read.mean, read.var, dense.running_mean, dense.running_var]
+        dense = next(n for n in self.dense_norms.values() if n.name == norm.name)
+        index, read = self.kept[norm.name][0], self.read[norm.name]
+        there = [read.mean, read.var, dense.mean, dense.var]
         there = [t.to(own.mean.device, torch.float64) for t in there]
         if index is not None:
             there = [t.index_select(0, index.to(t.device)) for t in there]
         mean, var, usual_mean, usual_var = there
-        same = torch.allclose(own.mean, mean, 1e-5, 1e-6) and torch.allclose(own.var, var, 1e-5)
-        if same and name not in self.lines:
-            return
-        stretch = ((own.var + norm.eps) / (var + norm.eps)).sqrt()
-        norm.running_mean.copy_(own.mean + (usual_mean - mean) * stretch)
-        deviation = (usual_var + norm.eps).sqrt() * stretch
-        norm.running_var.copy_((deviation.square() - norm.eps).clamp_min(0))
-        if name in self.lines:
-            slope, offset = (t.to(own.mean.device) for t in self.lines.pop(name))
-            told = slope.isfinite()
-            weight = slope * (norm.running_var.double() + norm.eps).sqrt()
-            norm.weight.copy_(torch.where(told, weight, norm.weight.double()))
-            shift = offset + slope * norm.running_mean.double()
-            norm.bias.copy_(torch.where(told, shift, norm.bias.double()))
+        pairs = [(own.mean, mean), (own.var, var)]
+        pairs += [(norm.mean.double(), usual_mean), (norm.var.double(), usual_var)]
+        same = all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
+        if not same and own.finite() and read.finite():
+            stretch = ((own.var + norm.eps) / (var + norm.eps)).sqrt()
+            norm.mean.copy_(own.mean + (usual_mean - mean) * stretch)
+            deviation = (usual_var + norm.eps).sqrt() * stretch
+            norm.var.copy_((deviation.square() - norm.eps).clamp_min(0))
+        line = self.lines.pop(norm.name, None)
+        if line is not None:
+            assert norm.weight is not None
+            assert norm.bias is not None
+            slope, offset = line.slope.to(norm.mean.device), line.offset.to(norm.mean.device)
+            norm.weight.copy_(slope * (norm.var.double() + norm.eps).sqrt())
+            norm.bias.copy_(offset + slope * norm.mean.double())
 
 
-def _line(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slope and offset, one a channel, from what the layer gives without bias to its aim."""
-    count = len(layer.module.weight)
-    offset = torch.zeros(count, dtype=torch.float64)
-    if layer.module.bias is not None:
-        offset = layer.module.bias.detach().double().cpu()
-    scale = torch.ones(count, dtype=torch.float64)
-    if layer.norm is not None:
-        parts = [layer.norm.weight, layer.norm.bias, layer.norm.running_mean]
-        gain, shift, mean = (part.detach().double().cpu() for part in parts)
-        scale = gain / (layer.norm.running_var.detach().double().cpu() + layer.norm.eps).sqrt()
-        offset = shift + scale * (offset - mean)
-    return scale, offset
+def _norms_of(network: fx.GraphModule) -> dict[fx.Node, Norm]:
+    tensors = Tensors(network)
+    found = {node: tensors.norm_at(node) for node in network.graph.nodes}
+    return {node: norm for node, norm in found.items() if norm is not None}
 
 
-def _target_of_norm(layer: Layer) -> str:
-    return str(next(iter(layer.node.users)).target)
+def _main_input(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs["input"]
 
 
-def _spread(values: Sequence[torch.Tensor]) -> _Spread:
-    """Over all but the channels, dim 1."""
-    count = 0
-    total = square = torch.zeros(())
-    about: torch.Tensor | None = None
-    for value in values:
-        flat = value.detach().transpose(0, 1).flatten(1)
-        flat = flat if flat.dtype == torch.float64 else flat.float()
-        if about is None:
-            about = flat.mean(1, keepdim=True)
-            total = square = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
-        near = flat - about
-        total = total + near.sum(1).double()
-        square = square + near.square().sum(1).double()
-        count += flat.shape[1]
-    assert about is not None
-    mean = total / count
-    return _Spread(about[:, 0].double() + mean, (square / count - mean.square()).clamp_min(0))
+def _fits(addend: Any, value: torch.Tensor) -> bool:
+    """Whether a sum of the two has the shape of `value`."""
+    try:
+        return bool(torch.broadcast_shapes(addend.shape, value.shape) == value.shape)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _held(rows: torch.Tensor, samples: int, number: int, count: int) -> torch.Tensor:
+    """Which rows are kept for checking: whole samples, whole minibatches where those have one.
+
+    Args:
+        rows: the sample of each row.
+        samples: of the minibatch.
+        number: of the minibatch, of so many.
+
+    """
+    # Positions of one sample are too much alike to check what was learnt from others of it.
+    if samples > 1:
+        return rows >= samples - max(samples // _CHECKED, 1)
+    if count > 1:
+        held = number % _CHECKED == min(count, _CHECKED) - 1
+        return torch.full_like(rows, held, dtype=torch.bool)
+    positions = torch.arange(len(rows), device=rows.device)
+    return positions < len(positions) // _CHECKED
+
+
+def _line(layer: Layer, through: bool) -> _Line:
+    """What the layer gives without bias -> what it gives, or `through` the batch norm."""
+    module, norm = layer.module, layer.norm
+    offset = torch.zeros(len(module.weight), dtype=torch.float64)
+    if module.bias is not None:
+        offset = module.bias.detach().double().cpu()
+    slope = torch.ones_like(offset)
+    if through:
+        assert norm is not None
+        assert norm.weight is not None
+        assert norm.bias is not None
+        parts = [norm.weight, norm.bias, norm.mean, norm.var]
+        gain, shift, mean, var = (part.detach().double().cpu() for part in parts)
+        slope = gain / (var + norm.eps).sqrt()
+        offset = shift + slope * (offset - mean)
+    return _Line(slope, offset)

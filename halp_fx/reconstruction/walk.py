@@ -9,9 +9,11 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from halp_fx.errors import HalpError, InputError
+
 __all__ = ["Walk"]
 
-Watch = Callable[[fx.Node, list[Any]], None]  # a node that is about to run, and its first inputs
+Watch = Callable[[fx.Node, "Walk"], None]  # called with a node that is about to run
 
 
 class Walk:
@@ -54,18 +56,16 @@ class Walk:
             node = self.nodes[i]
             if node.op == "placeholder":
                 continue
-            if self._watch is not None and node.all_input_nodes:
-                self._watch(node, self.values(node.all_input_nodes[0]))
+            if self._watch is not None:
+                self._watch(node, self)
             for environment in self._environments:
                 self._step(environment, i)
         self._at = max(self._at, stop)
 
-    def known(self, node: fx.Node) -> bool:
-        """Whether a value is there, and needed later."""
-        return all(node in environment for environment in self._environments)
-
     def values(self, node: fx.Node) -> list[Any]:
-        """What a node gave, one value a minibatch."""
+        """What a node gave that is needed later, or a constant of the graph: one a minibatch."""
+        if node.op == "get_attr":
+            return [self._interpreter.fetch_attr(str(node.target))] * len(self)
         return [environment[node] for environment in self._environments]
 
     def peaks(self, inputs: tuple[Any, ...]) -> list[int]:
@@ -91,7 +91,16 @@ class Walk:
         node = self.nodes[i]
         if node.op != "output":
             self._interpreter.env = environment
-            environment[node] = self._interpreter.run_node(node)
+            try:
+                environment[node] = self._interpreter.run_node(node)
+            except HalpError:
+                raise
+            except Exception as error:
+                first = str(error).partition("\n")[0]
+                raise InputError(
+                    f"data has a minibatch that {node.name} of the network can't be run on: "
+                    f"{type(error).__name__}: {first}"
+                ) from error
 
     def _forget(self, environment: dict[fx.Node, Any], i: int) -> None:
         for dead in self._over[i]:
@@ -114,7 +123,9 @@ def _last_uses(nodes: list[fx.Node]) -> list[list[fx.Node]]:
 
 def _bytes(environment: dict[fx.Node, Any]) -> int:
     storages = {}
-    for value in environment.values():
+    for node, value in environment.items():
+        if node.op == "get_attr":
+            continue  # weights, which are there anyway
         for leaf in pytree.tree_leaves(value):
             if isinstance(leaf, torch.Tensor):
                 storage = leaf.untyped_storage()

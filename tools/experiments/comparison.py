@@ -32,6 +32,7 @@ __all__ = ["METHODS", "Record", "Settings", "check", "compare", "read_records"]
 # What each method passes to halp_fx.compile.
 METHODS: dict[str, Mapping[str, Any]] = {
     "joint": {"solver": "joint"},
+    "joint-reconstructed": {"solver": "joint", "reconstruct": True},
     "uniform": {"solver": "uniform"},  # the same scores, but the same share of each group stays
     "uniform-l1": {"solver": "uniform", "saliency": "magnitude"},
     "halp": {"solver": "halp", "saliency": "taylor"},
@@ -232,8 +233,9 @@ class _Run:
             options["data"] = self.task.calm(self.seed, self.settings.score_batches)
             options |= self.task.scoring()
         network = self._best([{**options, "round_to": r} for r in self._roundings(options)])
-        batches = self.task.calm(self.seed + 1, self.settings.recalibration_batches)
-        halp_fx.recalibrate(network, self.task.recalibration(batches))
+        if not options.get("reconstruct"):
+            batches = self.task.calm(self.seed + 1, self.settings.recalibration_batches)
+            halp_fx.recalibrate(network, self.task.recalibration(batches))
         return network
 
     def _roundings(self, options: Mapping[str, Any]) -> tuple[int | None, ...]:
