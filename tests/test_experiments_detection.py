@@ -118,10 +118,13 @@ def test_detection_compares_and_goes_on(
 @pytest.mark.parametrize("network", ["deeplab", pytest.param("lraspp", marks=pytest.mark.slow)])
 def test_segmentation_compares(network: str, data: Path, tmp_path: Path) -> None:
     result = trial(
-        "segmentation", data, tmp_path, "--network", network, "--speedups", 2, "--methods", "joint"
-    )
+        "segmentation", data, tmp_path, "--network", network, "--speedups", 2,
+        "--methods", "joint,joint-reconstructed",
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
-    dense, joint = read_records(tmp_path)
+    dense, joint, fitted = read_records(tmp_path)
+    assert (fitted.ms, fitted.params) == (joint.ms, joint.params)
+    assert fitted.pruned != joint.pruned
     assert joint.dense_ms / joint.ms >= 2 * (1 - 1e-9)
     assert joint.params < dense.params
     assert set(joint.tuned) == {"mIoU", "pixels"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -464,6 +465,20 @@ def test_samples_kept_for_checking_see_overfitting() -> None:
     fresh = torch.randn(400, 3, 1, 1)
     assert far(pruned, model, fresh) <= far(plain, model, fresh)
     assert fits["second"].after > 1e-5
+
+
+def test_what_is_no_better_in_the_end_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = stream()
+    pruned = planned(model, data[0][:1], {"two": range(12)})
+    plain = copy.deepcopy(pruned)
+    halp_fx.recalibrate(plain, data)
+    # Fits that claim to be better each time, and are not.
+    errors = (0.5**i for i in itertools.count())
+    monkeypatch.setattr(module_under_test, "error", lambda *_, **__: next(errors))
+    monkeypatch.setattr(module_under_test, "solve", lambda _, weight, **__: weight + 9)
+    assert halp_fx.reconstruct(pruned, model, data) == {}
+    for name, tensor in pruned.state_dict().items():
+        torch.testing.assert_close(tensor, plain.state_dict()[name])
 
 
 def test_single_samples_and_autocast() -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import halp_fx
 from halp_fx.errors import InputError, TraceError
 from halp_fx.passes.trace import trace
 from halp_fx.types import Traced
@@ -237,6 +238,51 @@ def test_training_flags_are_read_when_the_graph_runs() -> None:
     assert bool((module(x) == 0).any())
     module.eval()
     assert torch.equal(module(x), module(x))
+
+
+class Activated(nn.BatchNorm2d):
+    """A batch norm with an activation, which counts its batches, as timm's are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                share = 1 / float(self.num_batches_tracked)
+        batch = True if self.training else self.running_mean is None
+        x = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, batch, share, self.eps
+        )
+        return F.relu(x + 1)
+
+
+def test_batch_norms_with_a_forward_of_their_own_train() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Activated(8), nn.Conv2d(8, 8, 3), Activated(8))
+    model.append(nn.Conv2d(8, 2, 1))
+    data = [torch.randn(4, 3, 9, 9) + i for i in range(3)]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    traced = trace(model, data[0])
+    assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+    pruned = halp_fx.compile(model, 0.999, data[0], latency="analytic", include=["2"])
+    assert pruned.state_dict()["2.weight"].shape[0] < 8
+    for network in (copy.deepcopy(traced.module), pruned):
+        assert torch.equal(network.get_buffer("1.running_mean"), before["1.running_mean"])
+        dense = copy.deepcopy(model)
+        for x in data:
+            dense.train()(x)
+            network.train()(x)
+        torch.testing.assert_close(
+            network.get_buffer("1.running_var"), dense.get_buffer("1.running_var")
+        )
+        network.eval()(data[0])
+        assert network.get_buffer("1.running_mean").equal(dense.get_buffer("1.running_mean"))
+        assert halp_fx.recalibrate(dense, data) == halp_fx.recalibrate(network, data) == 3
+        for name in ("1.running_mean", "1.running_var"):
+            torch.testing.assert_close(network.get_buffer(name), dense.get_buffer(name))
+        state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        with pytest.raises(InputError, match="no batches"):
+            halp_fx.recalibrate(network, [])
+        assert all(torch.equal(tensor, state[n]) for n, tensor in network.state_dict().items())
 
 
 def test_flags_are_left_where_training_is_another_network() -> None:
