@@ -271,6 +271,7 @@ def reconstruct(
     Raises:
         InputError: `pruned` has no plan, `dense` is not the network of that plan, there are no
             minibatches, they can't be run, or they are not finite. `pruned` is as it was then.
+        TraceError: `dense` can't be traced.
 
     Example:
         >>> import torch, halp_fx
@@ -282,15 +283,21 @@ def reconstruct(
         >>> fit.after < fit.before
         True
     """
-    plan = plan_of(pruned)
     dense = unwrapped(dense, stacklevel=3)
+    network = unwrapped(pruned, stacklevel=3)
+    plan = plan_of(network)
+    if not isinstance(network, fx.GraphModule):
+        raise InputError(
+            f"{type(network).__name__} has a core that was pruned, which can't be run on data "
+            "alone: pass reconstruct=True to halp_fx.compile or compile_core instead"
+        )
     _check_minibatches(minibatches, ridge)
     batches = first_minibatches(data, minibatches)
     if not isinstance(dense, nn.Module):
         raise InputError(f"dense is a {type(dense).__name__}: pass the network before pruning")
-    _check_dense(pruned, dense, plan)
+    _check_dense(network, dense, plan)
     traced = trace(dense, inputs_of(batches[0], device_of(dense)))
-    return refit(pruned, traced.module, plan.kept, batches, ridge=ridge, tell=progress)
+    return refit(network, traced.module, plan.kept, batches, ridge=ridge, tell=progress)
 
 
 def _check_dense(pruned: nn.Module, dense: nn.Module, plan: Plan) -> None:

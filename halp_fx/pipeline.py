@@ -26,7 +26,7 @@ from halp_fx.passes.rules.widths import Widths
 from halp_fx.passes.saliency import BY_DATA, score
 from halp_fx.passes.select import check_solver, select
 from halp_fx.passes.trace import trace
-from halp_fx.reconstruction import Fit, refit
+from halp_fx.reconstruction import Fit, first_minibatches, refit
 from halp_fx.stepwise import check_steps, narrowed, target_at
 from halp_fx.types import ChannelGroups, IntArray, LatencyModel, Plan, Saliency
 from halp_fx.verification import Check, can_measure, verified
@@ -174,7 +174,7 @@ class Prepared:
         plan: Plan = pruned.meta["halp_fx"]
         assert self.data is not None
         fits = refit(
-            pruned, self.groups.traced.module, plan.kept, self.data,
+            pruned, self.groups.traced.module, plan.kept, first_minibatches(self.data, None),
             tell=partial(self.tell, "reconstruct"),
         )  # fmt: skip
         pruned.meta["halp_fx"] = replace(plan, report={**plan.report, **_facts_of(fits)})

@@ -53,7 +53,12 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
             norm.reset_running_stats()
             norm.momentum = None  # a plain average over the batches
             norm.train()
-        with torch.no_grad(), _Averaged(functions):
+        for mean, variance in functions:
+            mean.zero_()
+            variance.fill_(1)
+        # Those of modules too: what was put back into a model may hold a norm that a graph calls.
+        modules = [(m.running_mean, m.running_var) for m in norms]
+        with torch.no_grad(), _Averaged([*functions, *modules]):
             for batch in data:
                 if batches is not None and used >= batches:
                     break
@@ -102,7 +107,7 @@ _SIGNATURE = inspect.signature(F.batch_norm)
 class _Averaged(TorchFunctionMode):
     """Batch norms called as functions average these statistics over the batches."""
 
-    def __init__(self, statistics: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def __init__(self, statistics: Sequence[tuple[Any, Any]]) -> None:
         super().__init__()
         self._calls = {id(mean): 0 for mean, _ in statistics}
 

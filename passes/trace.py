@@ -156,6 +156,7 @@ def _link_training_flags(
 def _without_counts(graph: fx.Graph) -> list[fx.Node]:
     """The nodes, save those that count the batches of a batch norm, which nobody reads."""
     found = list(graph.nodes)
+    counted: set[fx.Node] = set()
     for node in graph.nodes:
         first = node.args[0] if node.args else None
         if (
@@ -167,8 +168,10 @@ def _without_counts(graph: fx.Graph) -> list[fx.Node]:
             and not node.users
         ):
             found.remove(node)
-            if list(first.users) == [node]:
-                found.remove(first)
+            counted.add(first)
+    for first in counted:  # of a norm that runs more than once there is one
+        if not any(user in found for user in first.users):
+            found.remove(first)
     return found
 
 

@@ -300,6 +300,8 @@ def test_a_detector_of_one_stage_is_reconstructed() -> None:
         return sum(float((own[k] - dense[k]).square().sum() / dense[k].var()) for k in names)
 
     assert off(fitted.eval()) < off(plain.eval())
+    with pytest.raises(InputError, match="an iterator is used up after one look"):
+        prune(model, data=iter(data), reconstruct=True)
     with pytest.raises(InputError, match="reconstruct=True is not known for a FasterRCNN"):
         prune(small_rcnn(), data=data, reconstruct=True)
 

@@ -481,6 +481,50 @@ def test_what_is_no_better_in_the_end_is_not_kept(monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(tensor, plain.state_dict()[name])
 
 
+def test_more_minibatches_than_usual_are_used() -> None:
+    model, data = stream()
+    read: list[int] = []
+    many = [data[0][:4]] * 40
+    model.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    pruned = planned(model, data[0][:1], {"two": range(12)})
+    first = pruned.get_submodule("stem")
+    keep = first.register_forward_hook(lambda module, inputs, output: read.append(len(output)))
+    halp_fx.reconstruct(pruned, model, many, minibatches=36)
+    keep.remove()
+    # To see what it needs, with the others, and in the end: twice, and once to recalibrate.
+    assert len(read) == 1 + 4 * 36
+
+
+def test_single_samples_whose_norm_reads_one_value() -> None:
+    class Pooled(Stream):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pnorm = nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Any:
+            x = F.relu(self.snorm(self.stem(x)))
+            x = x + self.lnorm(self.last(F.relu(self.tnorm(self.two(x)))))
+            return self.fc(self.pnorm(x.mean((2, 3))))
+
+    model = oracle.randomize(Pooled()).eval()
+    data = [torch.randn(1, 3, 10, 10) for _ in range(12)]
+    pruned = planned(model, data[0], {"two": range(12)})
+    assert "last" in halp_fx.reconstruct(pruned, model, data)
+
+
+def test_outputs_that_are_not_numbers_do_not_decide() -> None:
+    class Masked(Stream):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            return torch.cat([y, torch.full_like(y, -torch.inf)], 1)
+
+    model = oracle.randomize(Masked()).eval()
+    data = [torch.randn(16, 3, 10, 10) for _ in range(4)]
+    halp_fx.recalibrate(model, data)
+    pruned = planned(model, data[0][:1], {"two": range(12)})
+    assert "last" in halp_fx.reconstruct(pruned, model, data)
+
+
 def test_single_samples_and_autocast() -> None:
     model, data = stream()
     singles = [image[None] for image in torch.cat(data)[:24]]
@@ -737,6 +781,10 @@ def test_what_is_refused() -> None:
         halp_fx.reconstruct(pruned, nn.Conv2d(3, 6, 3), data)
     with pytest.raises(InputError, match="dense is a str"):
         halp_fx.reconstruct(pruned, "net", data)  # type: ignore[arg-type]
+    whole = nn.Sequential(model)
+    core = halp_fx.compile_core(whole, "0", 0.6, x, latency="analytic")
+    with pytest.raises(InputError, match="Sequential has a core that was pruned"):
+        halp_fx.reconstruct(core, whole, data)  # type: ignore[arg-type]
     for wrong in ({"minibatches": 0}, {"minibatches": True}, {"ridge": 0}, {"ridge": "small"}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             halp_fx.reconstruct(pruned, model, data, **wrong)  # type: ignore[arg-type]

@@ -258,7 +258,7 @@ class Activated(nn.BatchNorm2d):
 
 def test_batch_norms_with_a_forward_of_their_own_train() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), Activated(8), nn.Conv2d(8, 8, 3), Activated(8))
-    model.append(nn.Conv2d(8, 2, 1))
+    model += nn.Sequential(model[3], nn.Conv2d(8, 2, 1))  # the second norm runs twice
     data = [torch.randn(4, 3, 9, 9) + i for i in range(3)]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     traced = trace(model, data[0])

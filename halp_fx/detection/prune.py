@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -50,6 +50,11 @@ def prune_detector(
         raise InputError(
             f"reconstruct=True is not known for a {type(model).__name__}, whose heads read pooled "
             "regions: leave it out, and fine-tune"
+        )
+    if options.get("reconstruct") and isinstance(data, Iterator):
+        raise InputError(
+            "reconstruct=True reads the data again, and an iterator is used up after one look: "
+            "pass a list of minibatches or a loader"
         )
     if data is not None:
         data, loss = Batches(data, batched[0].device), sum_of_losses(loss)

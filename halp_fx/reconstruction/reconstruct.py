@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,9 +38,8 @@ def refit(
     network: fx.GraphModule,
     dense: fx.GraphModule,
     kept: Mapping[str, tuple[Index, ...]],
-    data: Iterable[Any],
+    minibatches: Sequence[Any],
     *,
-    minibatches: int | None = None,
     ridge: float = 1e-3,
     tell: Callable[[int, int], None] | None = None,
 ) -> dict[str, Fit]:
@@ -49,12 +49,14 @@ def refit(
         network: changed in place, or left as it was where this raises.
         dense: a graph with the same names of nodes; it is left as it is.
         kept: of the plan.
+        minibatches: `(inputs, target)` or inputs alone, at least one.
 
     Raises:
-        InputError: `data` are no minibatches that the networks can be run on.
+        InputError: the networks can't be run on one of the minibatches.
     """
     device = device_of(network)
-    batches = [inputs_of(batch, device) for batch in first_minibatches(data, minibatches)]
+    given = [inputs_of(batch, device) for batch in minibatches]
+    batches = [_after_hooks(network, inputs) for inputs in given]
     for i, inputs in enumerate(batches):
         if not all(bool(t.isfinite().all()) for t in float_tensors(inputs)):
             raise InputError(f"minibatch {i} of data has inputs that are NaN or infinite")
@@ -70,7 +72,7 @@ def refit(
         try:
             network.eval()
             fits = _Reconstruction(network, reference, kept, batches, ridge).run(tell)
-            return fits if not fits or _is_nearer(network, reference, batches, saved) else {}
+            return fits if not fits or _is_nearer(network, reference, given, batches, saved) else {}
         except BaseException:
             _restore(saved)
             raise
@@ -87,50 +89,63 @@ def _restore(saved: _State) -> None:
 def _is_nearer(
     network: fx.GraphModule,
     dense: fx.GraphModule,
+    given: Sequence[tuple[Any, ...]],
     batches: Sequence[tuple[Any, ...]],
     saved: _State,
 ) -> bool:
     """Whether the outputs are nearer to the dense ones than those of the weights before.
 
     If not, the network has those weights again, and recalibrated batch norms.
+
+    Args:
+        given: what the network is called with.
+        batches: what its graph gets then.
     """
     fitted = {key: (tensor, tensor.clone()) for key, (tensor, _) in saved.items()}
-    aims = _outputs(dense, batches)
-    off = _distance(_outputs(network, batches), aims)
+    off = _distance(network, dense, batches)
     _restore(saved)
-    recalibrate(network, [(inputs, None) for inputs in batches])
-    nearer = off < _distance(_outputs(network, batches), aims)
-    if nearer:
+    with suppress(ValueError):  # of PyTorch: a batch norm that reads one value a channel
+        recalibrate(network, [(inputs, None) for inputs in given])
+    before = _distance(network, dense, batches)
+    if off is None or before is None or off < before:
         _restore(fitted)
-    return nearer
+        return True
+    return False
 
 
-def _outputs(
-    network: fx.GraphModule, batches: Sequence[tuple[Any, ...]]
-) -> list[list[torch.Tensor]]:
-    """What a network gives for the samples kept for checking, on the CPU."""
-    found = []
+def _distance(
+    network: fx.GraphModule, dense: fx.GraphModule, batches: Sequence[tuple[Any, ...]]
+) -> float | None:
+    """Squared difference of the outputs as a share of the dense ones' squares.
+
+    Of the samples kept for checking, and where both are finite; None where nothing is.
+    """
+    off = size = 0.0
     for i, inputs in enumerate(batches):
-        outputs = float_tensors(network(*inputs_of((inputs, None), device_of(network))))
         first = next((t for t in inputs if isinstance(t, torch.Tensor) and t.ndim), None)
         samples = 0 if first is None else len(first)
         held = torch.ones(samples, dtype=torch.bool)
         if samples > 1 or len(batches) > 1:
             held = _held(torch.arange(samples), samples, i, len(batches))
-        found.append(
-            [
-                (o[held.to(o.device)] if o.ndim and len(o) == samples else o).double().cpu()
-                for o in outputs
-            ]
-        )
-    return found
+        theirs = float_tensors(dense.forward(*inputs_of((inputs, None), device_of(dense))))
+        for own, other in zip(float_tensors(network.forward(*inputs)), theirs, strict=True):
+            pair = [own.detach().double().cpu(), other.detach().double().cpu()]
+            if own.ndim and len(own) == samples:
+                pair = [values[held] for values in pair]
+            known = pair[0].isfinite() & pair[1].isfinite()
+            off += float((pair[0] - pair[1])[known].square().sum())
+            size += float(pair[1][known].square().sum())
+    return off / size if size > 0 else None
 
 
-def _distance(own: list[list[torch.Tensor]], dense: list[list[torch.Tensor]]) -> float:
-    """Squared difference relative to the squared outputs of the dense network."""
-    pairs = [pair for a, b in zip(own, dense, strict=True) for pair in zip(a, b, strict=True)]
-    off = sum(float((a - b).square().sum()) for a, b in pairs)
-    return off / max(sum(float(b.square().sum()) for _, b in pairs), 1e-300)
+def _after_hooks(network: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the graph gets of these inputs: hooks of the whole network may change them."""
+    for key, hook in network._forward_pre_hooks.items():
+        if key not in network._forward_pre_hooks_with_kwargs:
+            result: Any = hook(network, inputs)
+            if result is not None:
+                inputs = result if isinstance(result, tuple) else (result,)
+    return inputs
 
 
 def first_minibatches(data: Any, most: int | None) -> list[Any]:
@@ -184,6 +199,10 @@ class _Reconstruction:
         self.layers = {layer.node: layer for layer in layers_of(network, dense, kept)}
         self.norms = _norms_of(network)
         self.dense_norms = _norms_of(dense)
+        known = {norm.name for norm in self.dense_norms.values()}
+        for node, layer in self.layers.items():
+            if layer.norm is not None and layer.norm.name not in known:
+                self.layers[node] = replace(layer, norm=None, sum=None)
         self.generator = torch.Generator().manual_seed(0)
         self.read: dict[str, Spread] = {}  # batch norm -> what the dense one reads
         self.lines: dict[str, _Line] = {}  # batch norm -> what it was fitted to with its layer
@@ -380,7 +399,7 @@ def _fits(addend: Any, value: torch.Tensor) -> bool:
 
 
 def _held(rows: torch.Tensor, samples: int, number: int, count: int) -> torch.Tensor:
-    """Which rows are kept for checking: whole samples, whole minibatches where those have one.
+    """Which rows are kept for checking: whole minibatches, or samples where those are few.
 
     Args:
         rows: the sample of each row.
@@ -389,7 +408,7 @@ def _held(rows: torch.Tensor, samples: int, number: int, count: int) -> torch.Te
 
     """
     # Positions of one sample are too much alike to check what was learnt from others of it.
-    if samples > 1:
+    if samples > 1 and count < _CHECKED:
         return rows >= samples - max(samples // _CHECKED, 1)
     if count > 1:
         held = number % _CHECKED == min(count, _CHECKED) - 1
