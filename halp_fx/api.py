@@ -245,9 +245,9 @@ def reconstruct(
     norms then give each channel the mean and the variance that it had. No targets are needed.
 
     What stays as it is: layers of which nothing was lost; those that run more than once, share
-    their weights, compute them, have hooks, or are called as functions (attention's projections);
-    transposed convolutions; layers with more than 4,608 inputs an output. One sample in four is
-    kept for checking: where no fit lessens the error there, a layer stays too. Where, on these, the
+    their weights, compute them or have hooks; transposed convolutions; layers with more than 4,608
+    inputs an output. One minibatch in four, or one sample in four where they are few, is kept for
+    checking: where no fit lessens the error there, a layer stays too. Where, on these, the
     outputs are no nearer to the dense network's in the end than after `recalibrate`, weights stay
     and batch norms are recalibrated alone.
 

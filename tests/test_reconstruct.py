@@ -24,6 +24,7 @@ from halp_fx.passes.trace import trace
 from halp_fx.reconstruction import reconstruct as module_under_test
 from halp_fx.reconstruction.fit import Moments, error, solve
 from halp_fx.reconstruction.layers import Layer, layers_of, rows_of
+from halp_fx.reconstruction.maps import map_of
 from halp_fx.reconstruction.walk import Walk
 from halp_fx.report import render_markdown
 from halp_fx.types import Plan
@@ -391,6 +392,47 @@ def test_batch_norms_that_are_functions() -> None:
     assert other_error == pytest.approx(error_, rel=1e-2)
 
 
+class Called(nn.Module):
+    """Convolutions and linear layers called as functions, with all kinds of padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, (3, 2), groups=16)
+        self.c, self.d, self.fc = nn.Conv2d(16, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(F.conv2d(x, self.a.weight, self.a.bias, 1, "same"))
+        x = F.relu(F.conv2d(x, self.b.weight, None, (1, 1), [1, 2], (1, 1), x.shape[1]))
+        x = F.relu(F.conv2d(x, self.c.weight, self.c.bias, stride=2, padding=1, dilation=1))
+        x = F.conv2d(x, weight=self.d.weight)
+        return F.linear(x.mean((2, 3)), self.fc.weight, self.fc.bias)
+
+
+def test_layers_that_are_called_as_functions() -> None:
+    model = oracle.randomize(Called()).eval()
+    data = [torch.randn(32, 3, 10, 9) for _ in range(4)]
+    pruned = planned(model, data[0][:1], {"a": range(0, 16, 2), "c": range(6)})
+    plain = copy.deepcopy(pruned)
+    layers = layers_of(pruned, trace(model, data[0]).module, halp_fx.plan_of(pruned).kept)
+    run = fx.Interpreter(pruned, garbage_collect_values=False)
+    with torch.no_grad():
+        run.run(data[0][:4])
+    for layer in layers:
+        x, y = run.env[layer.node.all_input_nodes[0]], run.env[layer.node]
+        rows = rows_of(layer, x, y, 30, torch.Generator().manual_seed(0))
+        assert rows is not None
+        weight = layer.map.weight.detach()
+        shaped = weight.reshape(layer.map.groups, len(weight) // layer.map.groups, -1)
+        computed = torch.einsum("rgd,god->rgo", rows.read, shaped)
+        if layer.map.bias is not None:
+            computed = computed + layer.map.bias.detach().reshape(shaped.shape[:2])
+        torch.testing.assert_close(computed, rows.given, rtol=1e-4, atol=1e-5)
+    assert [layer.name for layer in layers] == ["a", "b", "c", "d", "fc"]
+    fits = halp_fx.reconstruct(pruned, model, data)
+    assert {"c", "fc"} <= fits.keys()
+    assert far(pruned, model, data[0]) < far(plain, model, data[0])
+
+
 def test_channels_that_a_norm_nearly_switches_off_keep_their_size() -> None:
     model = oracle.randomize(Sums("plain")).eval()
     data = [torch.randn(32, 3, 8, 8) for _ in range(4)]
@@ -608,7 +650,9 @@ def test_rows_are_what_the_layer_reads_and_gives(module: Any, shape: tuple[int, 
     with torch.no_grad():
         y = module(x)
     node: Any = None
-    layer = Layer("layer", module, node, node, None)
+    own = map_of(module)
+    assert own is not None
+    layer = Layer("layer", own, node, node, None)
     found = rows_of(layer, x, y, 20, torch.Generator().manual_seed(0))
     assert found is not None
     read, given_ = found.read, found.given
@@ -619,10 +663,10 @@ def test_rows_are_what_the_layer_reads_and_gives(module: Any, shape: tuple[int, 
     bias = module.bias.detach().reshape(groups, -1)
     computed = torch.einsum("rgd,god->rgo", read, weight) + bias
     torch.testing.assert_close(computed, given_, rtol=1e-4, atol=1e-5)
-    own = found.where(found.samples == 1)
+    of_one = found.where(found.samples == 1)
     moved = rows_of(layer, x[1:2], y[1:2], 1000, torch.Generator())
     assert moved is not None
-    assert all((moved.read == row).flatten(1).all(1).any() for row in own.read)
+    assert all((moved.read == row).flatten(1).all(1).any() for row in of_one.read)
     assert rows_of(layer, x, y[:-1], 20, torch.Generator()) is None
 
 

@@ -289,15 +289,15 @@ class _Reconstruction:
         used, checked = rows
         if not used.finite() or not checked.finite():
             return None
-        module = layer.module
-        weight = module.weight.detach().double().cpu()
-        shape = (layer.groups, len(weight) // layer.groups, -1)
+        own = layer.map
+        weight = own.weight.detach().double().cpu()
+        shape = (own.groups, len(weight) // own.groups, -1)
         line = _line(layer, aim.absorbs)
         present = (weight.flatten(1) * line.slope[:, None]).reshape(shape)
         offset = line.offset.reshape(shape[:2])
         if error(checked, present, offset) < _SAME:
             return None
-        free = aim.absorbs or aim.shifted or module.bias is not None
+        free = aim.absorbs or aim.shifted or own.bias is not None
         x, y = used.means
         before = after = error(checked, present, offset, centred=aim.shifted)
         best: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -315,22 +315,22 @@ class _Reconstruction:
         return Fit(before, after)
 
     def _write(self, layer: Layer, rows: torch.Tensor, bias: torch.Tensor, absorbs: bool) -> None:
-        module = layer.module
+        own = layer.map
         if not absorbs:
-            module.weight.copy_(rows.reshape(module.weight.shape))
-            if module.bias is not None:
-                module.bias.copy_(bias)
+            own.weight.copy_(rows.reshape(own.weight.shape))
+            if own.bias is not None:
+                own.bias.copy_(bias)
             return
         # The batch norm takes up any factor: filters keep the size that they had, so that neither
         # they nor what they give leaves the range of half precision.
-        weight = module.weight.detach().double().cpu().flatten(1)
+        weight = own.weight.detach().double().cpu().flatten(1)
         size, usual = rows.norm(dim=1), weight.norm(dim=1)
         slope = torch.where((size > 0) & (usual > 0), size / usual, torch.ones_like(size))
         filters = torch.where((size > 0)[:, None], rows / slope[:, None], weight)
         slope = torch.where(size > 0, slope, torch.zeros_like(slope))
-        module.weight.copy_(filters.reshape(module.weight.shape))
-        if module.bias is not None:
-            bias = bias - slope * module.bias.detach().double().cpu()
+        own.weight.copy_(filters.reshape(own.weight.shape))
+        if own.bias is not None:
+            bias = bias - slope * own.bias.detach().double().cpu()
         assert layer.norm is not None
         self.lines[layer.norm.name] = _Line(slope, bias)
 
@@ -338,8 +338,8 @@ class _Reconstruction:
         self, layer: Layer, inputs: Sequence[torch.Tensor], aims: Sequence[torch.Tensor]
     ) -> tuple[Moments, Moments] | None:
         """Moments of the rows that count, and of those of samples kept for checking."""
-        size = layer.module.weight[0].numel()
-        rows = min(max(_ROWS, _ROWS_EACH * size), _MOST_ROWS) if layer.groups == 1 else _ROWS
+        size = layer.map.inputs
+        rows = min(max(_ROWS, _ROWS_EACH * size), _MOST_ROWS) if layer.map.groups == 1 else _ROWS
         each = -(-rows // len(inputs))
         used, checked = Moments(), Moments()
         for i, (x, y) in enumerate(zip(inputs, aims, strict=True)):
@@ -419,10 +419,10 @@ def _held(rows: torch.Tensor, samples: int, number: int, count: int) -> torch.Te
 
 def _line(layer: Layer, through: bool) -> _Line:
     """What the layer gives without bias -> what it gives, or `through` the batch norm."""
-    module, norm = layer.module, layer.norm
-    offset = torch.zeros(len(module.weight), dtype=torch.float64)
-    if module.bias is not None:
-        offset = module.bias.detach().double().cpu()
+    own, norm = layer.map, layer.norm
+    offset = torch.zeros(len(own.weight), dtype=torch.float64)
+    if own.bias is not None:
+        offset = own.bias.detach().double().cpu()
     slope = torch.ones_like(offset)
     if through:
         assert norm is not None
