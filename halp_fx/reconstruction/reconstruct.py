@@ -311,24 +311,28 @@ class _Reconstruction:
                 best, after = (new, bias), off
         if best is None:
             return None
-        self._write(layer, best[0].reshape(len(weight), -1), best[1].flatten(), aim.absorbs)
+        self._write(layer, aim, best[0].reshape(len(weight), -1), best[1].flatten())
         return Fit(before, after)
 
-    def _write(self, layer: Layer, rows: torch.Tensor, bias: torch.Tensor, absorbs: bool) -> None:
+    def _write(self, layer: Layer, aim: _Aim, rows: torch.Tensor, bias: torch.Tensor) -> None:
         own = layer.map
-        if not absorbs:
+        if not aim.absorbs and not aim.shifted:
             own.weight.copy_(rows.reshape(own.weight.shape))
             if own.bias is not None:
                 own.bias.copy_(bias)
             return
-        # The batch norm takes up any factor: filters keep the size that they had, so that neither
-        # they nor what they give leaves the range of half precision.
+        # A batch norm takes up any factor, so filters keep the size that they had: what they give
+        # stays in the range of half precision, and training goes on at the same pace, which is the
+        # learning rate over the square of the size (van Laarhoven, L2 Regularization versus Batch
+        # and Weight Normalization, 2017).
         weight = own.weight.detach().double().cpu().flatten(1)
         size, usual = rows.norm(dim=1), weight.norm(dim=1)
         slope = torch.where((size > 0) & (usual > 0), size / usual, torch.ones_like(size))
         filters = torch.where((size > 0)[:, None], rows / slope[:, None], weight)
         slope = torch.where(size > 0, slope, torch.zeros_like(slope))
         own.weight.copy_(filters.reshape(own.weight.shape))
+        if not aim.absorbs:
+            return
         if own.bias is not None:
             bias = bias - slope * own.bias.detach().double().cpu()
         assert layer.norm is not None
