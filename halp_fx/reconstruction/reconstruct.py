@@ -29,6 +29,8 @@ _MOST_ROWS = 65536
 _ROWS_EACH = 64  # and in between so many for each input that an output is computed from
 _CHECKED = 4  # one sample in so many is kept for checking
 _RIDGES = (1.0, 30.0)  # times the ridge: the one with the least error where it is checked
+_NEAR = 0.05  # running statistics so near to those of the data, in deviations, are the same
+
 _State = dict[int, tuple[torch.Tensor, torch.Tensor]]  # tensors by id, and what was in them
 
 _SAME = 1e-5  # relative squared error up to which a layer has nothing to make up for
@@ -359,29 +361,56 @@ class _Reconstruction:
         """Set a batch norm so that it gives each channel the mean and the variance of the dense.
 
         That of a layer that was fitted through it gives what the two were fitted to instead.
+        Running statistics become those of the data, so that training, which sees batches, begins
+        where the fit ended; where the dense network's were others, weight and bias take up the
+        difference.
         """
         dense = next(n for n in self.dense_norms.values() if n.name == norm.name)
         index, read = self.kept[norm.name][0], self.read[norm.name]
-        there = [read.mean, read.var, dense.mean, dense.var]
-        there = [t.to(own.mean.device, torch.float64) for t in there]
-        if index is not None:
-            there = [t.index_select(0, index.to(t.device)) for t in there]
-        mean, var, usual_mean, usual_var = there
+        line = self.lines.pop(norm.name, None)
+        if not own.finite() or not read.finite():
+            self._affine(norm, line, None)
+            return
+
+        def survivors(tensor: torch.Tensor) -> torch.Tensor:
+            tensor = tensor.detach().to(own.mean.device, torch.float64)
+            return tensor if index is None else tensor.index_select(0, index.to(tensor.device))
+
+        mean, var = survivors(read.mean), survivors(read.var)
+        usual_mean, usual_var = survivors(dense.mean), survivors(dense.var)
         pairs = [(own.mean, mean), (own.var, var)]
         pairs += [(norm.mean.double(), usual_mean), (norm.var.double(), usual_var)]
         same = all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
-        if not same and own.finite() and read.finite():
+        deviation = (usual_var + norm.eps).sqrt()
+        usual = bool(((mean - usual_mean).abs() <= _NEAR * deviation).all()) and torch.allclose(
+            var, usual_var, rtol=_NEAR, atol=_NEAR * norm.eps
+        )
+        if same and usual and line is None:
+            return
+        if norm.weight is None or norm.bias is None or dense.weight is None or dense.bias is None:
             stretch = ((own.var + norm.eps) / (var + norm.eps)).sqrt()
             norm.mean.copy_(own.mean + (usual_mean - mean) * stretch)
-            deviation = (usual_var + norm.eps).sqrt() * stretch
-            norm.var.copy_((deviation.square() - norm.eps).clamp_min(0))
-        line = self.lines.pop(norm.name, None)
+            norm.var.copy_(((deviation * stretch).square() - norm.eps).clamp_min(0))
+            return
+        norm.mean.copy_(own.mean)
+        norm.var.copy_(own.var)
+        slope = survivors(dense.weight) / deviation
+        gain = slope * (var + norm.eps).sqrt()
+        self._affine(norm, line, (gain, survivors(dense.bias) + slope * (mean - usual_mean)))
+
+    def _affine(
+        self, norm: Norm, line: _Line | None, affine: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> None:
+        """Weight and bias: those of the line, if there is one."""
         if line is not None:
+            slope, offset = line.slope.to(norm.mean.device), line.offset.to(norm.mean.device)
+            gain = slope * (norm.var.double() + norm.eps).sqrt()
+            affine = gain, offset + slope * norm.mean.double()
+        if affine is not None:
             assert norm.weight is not None
             assert norm.bias is not None
-            slope, offset = line.slope.to(norm.mean.device), line.offset.to(norm.mean.device)
-            norm.weight.copy_(slope * (norm.var.double() + norm.eps).sqrt())
-            norm.bias.copy_(offset + slope * norm.mean.double())
+            norm.weight.copy_(affine[0])
+            norm.bias.copy_(affine[1])
 
 
 def _norms_of(network: fx.GraphModule) -> dict[fx.Node, Norm]:
