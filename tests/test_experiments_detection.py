@@ -142,7 +142,7 @@ def test_training_alone_leaves_weights(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("further", "message"),
     [
-        (["--methods", "joint,best"], "there is no method 'best': choose from joint, uniform"),
+        (["--methods", "joint,best"], "no method 'best': choose from joint, joint-reconstructed"),
         (["--speedups", "0.5"], "a speed-up of 0.5 is none: pass numbers above 1"),
         (["--speedups", "fast"], "must be numbers, as 1.5,1.94 and 0,1"),
         (["--seeds", ""], "nothing to compare"),
