@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from halp_fx.passes.rules.structure import named_tensors
 
-__all__ = ["Norm", "Spread", "Tensors", "spread_of"]
+__all__ = ["Norm", "Spread", "Tensors", "main_input", "spread_of"]
 
 _MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum")
@@ -74,6 +74,11 @@ class Tensors:
             module = self.network.get_submodule(str(node.target))
             for name, _ in named_tensors(module):
                 yield f"{node.target}.{name}"
+
+
+def main_input(node: fx.Node) -> Any:
+    """What a layer or a norm is called on; None where it is called on nothing."""
+    return node.args[0] if node.args else node.kwargs.get("input")
 
 
 def _name(value: Any) -> str | None:

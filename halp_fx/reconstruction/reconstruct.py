@@ -17,7 +17,7 @@ from halp_fx.passes.rules.structure import named_tensors, substitute_copy
 from halp_fx.recalibrate import recalibrate
 from halp_fx.reconstruction.fit import Fit, Moments, error, solve
 from halp_fx.reconstruction.layers import Index, Layer, layers_of, rows_of
-from halp_fx.reconstruction.norms import Norm, Spread, Tensors, spread_of
+from halp_fx.reconstruction.norms import Norm, Spread, Tensors, main_input, spread_of
 from halp_fx.reconstruction.walk import Walk
 
 __all__ = ["MINIBATCHES", "first_minibatches", "refit"]
@@ -31,9 +31,9 @@ _CHECKED = 4  # one sample in so many is kept for checking
 _RIDGES = (1.0, 30.0)  # times the ridge: the one with the least error where it is checked
 _NEAR = 0.05  # running statistics so near to those of the data, in deviations, are the same
 
-_State = dict[int, tuple[torch.Tensor, torch.Tensor]]  # tensors by id, and what was in them
-
 _SAME = 1e-5  # relative squared error up to which a layer has nothing to make up for
+
+_State = dict[int, tuple[torch.Tensor, torch.Tensor]]  # tensors by id, and what was in them
 
 
 def refit(
@@ -229,7 +229,7 @@ class _Reconstruction:
             if norm is not None and twin is not None:
                 self.other.run(twin + 1)
                 if norm.name in self.read:
-                    self._settle(norm, spread_of(self.own.values(_main_input(node))))
+                    self._settle(norm, spread_of(self.own.values(main_input(node))))
             self.own.run(i + 1)
         return found
 
@@ -250,7 +250,7 @@ class _Reconstruction:
         """Note what a batch norm of the dense network reads."""
         norm = self.dense_norms.get(node)
         if norm is not None:
-            self.read[norm.name] = spread_of(walk.values(_main_input(node)))
+            self.read[norm.name] = spread_of(walk.values(main_input(node)))
 
     def _aim(self, layer: Layer, inputs: Sequence[Any]) -> _Aim | None:
         """What the dense network has where the layer ends; None where that is no tensor."""
@@ -281,7 +281,7 @@ class _Reconstruction:
 
     def _fit(self, layer: Layer) -> Fit | None:
         """Fit one layer; None where it has nothing to make up for, or can't be made better."""
-        inputs = self.own.values(_main_input(layer.node))
+        inputs = self.own.values(main_input(layer.node))
         if not all(isinstance(x, torch.Tensor) for x in inputs):
             return None
         aim = self._aim(layer, inputs)
@@ -419,10 +419,6 @@ def _norms_of(network: fx.GraphModule) -> dict[fx.Node, Norm]:
     return {node: norm for node, norm in found.items() if norm is not None}
 
 
-def _main_input(node: fx.Node) -> Any:
-    return node.args[0] if node.args else node.kwargs["input"]
-
-
 def _fits(addend: Any, value: torch.Tensor) -> bool:
     """Whether a sum of the two has the shape of `value`."""
     try:
@@ -438,7 +434,6 @@ def _held(rows: torch.Tensor, samples: int, number: int, count: int) -> torch.Te
         rows: the sample of each row.
         samples: of the minibatch.
         number: of the minibatch, of so many.
-
     """
     # Positions of one sample are too much alike to check what was learnt from others of it.
     if samples > 1 and count < _CHECKED:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from halp_fx.reconstruction.norms import Norm, Tensors
+from halp_fx.reconstruction.norms import Norm, Tensors, main_input
 
 __all__ = ["Sum", "sum_after"]
 
@@ -46,7 +46,7 @@ def sum_after(
         if len(users) != 1:
             return norm, None
         user = users[0]
-        if node is layer and norm is None and _main_input(user) is node:
+        if node is layer and norm is None and main_input(user) is node:
             norm = tensors.norm_at(user)
             if norm is not None:
                 chain.append(user)
@@ -92,10 +92,6 @@ def _reads_shape(node: fx.Node) -> bool:
     if node.op == "call_function":
         return node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES
     return node.op == "call_method" and node.target in _SHAPE_METHODS
-
-
-def _main_input(node: fx.Node) -> Any:
-    return node.args[0] if node.args else node.kwargs.get("input")
 
 
 def _is_idle(node: fx.Node, tensors: Tensors) -> bool:
