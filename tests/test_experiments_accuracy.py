@@ -469,6 +469,8 @@ def test_settings_are_checked_and_told_apart() -> None:
         Settings(recovery="magic")
     with pytest.raises(InputError, match="score_images is 0"):
         Settings(score_images=0)
+    with pytest.raises(InputError, match="clip_norm is 0: pass a number above 0, or None"):
+        Settings(clip_norm=0)
 
 
 def test_a_run_goes_on_where_it_was(task: Task, tmp_path: Path) -> None:
@@ -568,6 +570,16 @@ def test_a_teacher_makes_a_difference(task: Task) -> None:
     plain, distilled, again = (network.linear.weight for network in networks)
     assert torch.equal(plain, again)
     assert not torch.allclose(plain, distilled)
+
+
+def test_clipped_gradients_move_less(task: Task) -> None:
+    moved = []
+    for most in (None, 1e-3):
+        network = deepcopy(task.dense)
+        settings = replace(task.settings, clip_norm=most, tune_images=32)
+        tune(replace(task, settings=settings), network, 0)
+        moved.append(float((network.linear.weight - task.dense.linear.weight).norm()))
+    assert 0 < moved[1] < 0.1 * moved[0]
 
 
 @pytest.mark.parametrize("minibatches", [1, 2, 3, 4, 5])

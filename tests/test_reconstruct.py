@@ -694,6 +694,34 @@ def test_least_squares_are_those_of_lapack(centred: bool) -> None:
     assert error(moments, new, bias) == pytest.approx(float(off / variance), rel=1e-6)
 
 
+def test_few_samples_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = oracle.randomize(Chain(nn.Linear(40, 64), nn.Linear(64, 10))).eval()
+    data = [torch.randn(6, 40) for _ in range(8)]
+    raw = planned(model, data[0], {"first": range(32)})
+    fresh = torch.randn(500, 40)
+    off = {}
+    for name, ridges in (("chosen", module_under_test._RIDGES), ("least", (1.0,))):
+        monkeypatch.setattr(module_under_test, "_RIDGES", ridges)
+        pruned = copy.deepcopy(raw)
+        halp_fx.reconstruct(pruned, model, data)
+        off[name] = far(pruned, model, fresh)
+    assert off["chosen"] < 0.9 * min(off["least"], far(raw, model, fresh))
+
+
+def test_of_fits_that_are_level_the_smaller_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = oracle.randomize(Chain(nn.Linear(3, 32), nn.Linear(32, 4))).eval()
+    data = [torch.randn(64, 3) for _ in range(8)]
+    raw = planned(model, data[0], {"first": range(16)})
+    size, before = {}, raw.second.weight.clone()
+    for slack in (0.0, 0.5):
+        monkeypatch.setattr(module_under_test, "_SLACK", slack)
+        pruned = copy.deepcopy(raw)
+        fit = halp_fx.reconstruct(pruned, model, data)["second"]
+        assert fit.after < fit.before
+        size[slack] = float((pruned.second.weight - before).detach().norm())
+    assert 0 < size[0.5] < size[0.0]
+
+
 def test_nothing_is_learnt_from_zeros() -> None:
     moments = Moments()
     x = torch.randn(10, 2, 4)

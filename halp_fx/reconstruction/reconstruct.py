@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -28,7 +29,8 @@ _ROWS = 16384  # positions that a layer is fitted on, at least and at most,
 _MOST_ROWS = 65536
 _ROWS_EACH = 64  # and in between so many for each input that an output is computed from
 _CHECKED = 4  # one sample in so many is kept for checking
-_RIDGES = (1.0, 30.0)  # times the ridge: the one with the least error where it is checked
+_RIDGES = (1e4, 1e3, 100.0, 10.0, 1.0)  # times the ridge that are tried, and
+_SLACK = 0.02  # by what share of the least error that of the largest of them may be above it
 _NEAR = 0.05  # running statistics so near to those of the data, in deviations, are the same
 
 _SAME = 1e-5  # relative squared error up to which a layer has nothing to make up for
@@ -300,21 +302,23 @@ class _Reconstruction:
         if error(checked, present, offset) < _SAME:
             return None
         free = aim.absorbs or aim.shifted or own.bias is not None
-        x, y = used.means
-        before = after = error(checked, present, offset, centred=aim.shifted)
-        best: tuple[torch.Tensor, torch.Tensor] | None = None
+        before = error(checked, present, offset, centred=aim.shifted)
         ridges = [self.ridge * factor for factor in _RIDGES]
+        x, y = used.means
+        tried: list[tuple[torch.Tensor, torch.Tensor]] = []  # from the nearest to what is there
         for new in (present, *(solve(used, present, centred=free, ridge=r) for r in ridges)):
-            if new is None:
-                continue
-            bias = y - (new @ x[..., None])[..., 0] if free else offset
-            off = error(checked, new, bias, centred=aim.shifted)
-            if off < after:
-                best, after = (new, bias), off
-        if best is None:
+            if new is not None:
+                tried.append((new, y - (new @ x[..., None])[..., 0] if free else offset))
+        found = [error(checked, *new, centred=aim.shifted) for new in tried]
+        off = [value if math.isfinite(value) else math.inf for value in found]
+        # Errors so near to each other are one; of two such fits, the smaller weights do better on
+        # other samples and in training.
+        best = next(i for i, value in enumerate(off) if value <= min(off) * (1 + _SLACK))
+        if not off[best] < before:
             return None
-        self._write(layer, aim, best[0].reshape(len(weight), -1), best[1].flatten())
-        return Fit(before, after)
+        filters, bias = tried[best]
+        self._write(layer, aim, filters.reshape(len(weight), -1), bias.flatten())
+        return Fit(before, off[best])
 
     def _write(self, layer: Layer, aim: _Aim, rows: torch.Tensor, bias: torch.Tensor) -> None:
         own = layer.map

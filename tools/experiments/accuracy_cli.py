@@ -46,6 +46,10 @@ BudgetsOption = Annotated[
 SeedsOption = Annotated[str, typer.Option("--seeds", help="Comma-separated.")]
 TuneOption = Annotated[int, typer.Option("--tune-images", min=0, help="That fine-tuning sees.")]
 RateOption = Annotated[float, typer.Option("--rate", help="Highest learning rate.")]
+ClipOption = Annotated[
+    float,
+    typer.Option("--clip", min=0.0, help="Largest norm of the gradients of a minibatch; 0: any."),
+]
 BatchOption = Annotated[int, typer.Option("--batch", min=2, help="Minibatch of fine-tuning.")]
 ScoreOption = Annotated[
     int, typer.Option("--score-images", min=1, help="That channels are scored by.")
@@ -218,6 +222,7 @@ def _cifar(
     seeds: SeedsOption = "0,1",
     tune_images: TuneOption = 10_000,
     rate: RateOption = 0.008,
+    clip: ClipOption = 1.0,
     batch: BatchOption = 64,
     score_images: ScoreOption = 1024,
     choose_images: ChooseOption = 1000,
@@ -242,8 +247,9 @@ def _cifar(
     del debug
     plan = _plan(networks, cifar.NETWORKS, methods, budgets, seeds)
     settings = Settings(
-        tune_images=tune_images, rate=rate, batch=batch, score_images=score_images,
-        choose_images=choose_images, test_images=test_images, on=on, recovery=recovery, alpha=alpha,
+        tune_images=tune_images, rate=rate, clip_norm=clip or None, batch=batch,
+        score_images=score_images, choose_images=choose_images, test_images=test_images, on=on,
+        recovery=recovery, alpha=alpha,
     )  # fmt: skip
     folder = data_folder(data)
     parts: dict[str, Images] = {}
@@ -269,6 +275,7 @@ def _imagenet(
     seeds: SeedsOption = "0",
     tune_images: TuneOption = 3200,
     rate: RateOption = 0.01,
+    clip: ClipOption = 5.0,
     batch: BatchOption = 32,
     score_images: ScoreOption = 256,
     choose_images: ChooseOption = 400,
@@ -294,9 +301,9 @@ def _imagenet(
     del debug
     plan = _plan(networks, imagenet.NETWORKS, methods, budgets, seeds)
     settings = Settings(
-        tune_images=tune_images, rate=rate, batch=batch, score_images=score_images,
-        recalibrate_images=512, choose_images=choose_images, test_images=test_images, on=on,
-        recovery=recovery, alpha=alpha, shift=16, pixels=pixels,
+        tune_images=tune_images, rate=rate, clip_norm=clip or None, batch=batch,
+        score_images=score_images, recalibrate_images=512, choose_images=choose_images,
+        test_images=test_images, on=on, recovery=recovery, alpha=alpha, shift=16, pixels=pixels,
     )  # fmt: skip
     folder = data_folder(data)
 

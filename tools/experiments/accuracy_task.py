@@ -37,6 +37,7 @@ class Settings:
 
     tune_images: int = 10_000  # images that fine-tuning sees
     rate: float = 0.008  # its highest learning rate
+    clip_norm: float | None = None  # largest norm of all gradients of a minibatch together
     batch: int = 64  # its minibatches, and those of the scores
     score_images: int = 1024
     recalibrate_images: int = 2048
@@ -59,6 +60,8 @@ class Settings:
                 raise InputError(f"{name} is {getattr(self, name)}: pass at least 1")
         if self.tune_images < 0 or not self.rate > 0:
             raise InputError("tune_images must be at least 0 and rate above 0")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise InputError(f"clip_norm is {self.clip_norm!r}: pass a number above 0, or None")
 
     def digest(self, *further: str) -> str:
         """A short text that differs where the settings, or what is passed besides, differ."""

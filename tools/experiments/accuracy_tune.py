@@ -26,7 +26,8 @@ def tune(
 ) -> None:
     """Fine-tune a network in place, and recalibrate it: the same for all methods.
 
-    SGD with momentum 0.9, the learning rate in one cycle, images shifted and mirrored.
+    SGD with momentum 0.9, the learning rate in one cycle, gradients clipped, images shifted and
+    mirrored.
 
     Args:
         task: whose training images and settings count.
@@ -52,5 +53,7 @@ def tune(
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.rate, total_steps=len(data) + 1, pct_start=rise, cycle_momentum=False
     )
-    fine_tune(network, data, loss, optimizer=optimizer, scheduler=scheduler)
+    fine_tune(
+        network, data, loss, optimizer=optimizer, scheduler=scheduler, clip_norm=settings.clip_norm
+    )
     task.recalibrate(network, seed)
