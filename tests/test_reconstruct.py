@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,20 +16,14 @@ from torch import Tensor, fx, nn
 
 import halp_fx
 from halp_fx.errors import InputError, NothingToPruneError
-from halp_fx.passes.groups import find_groups
-from halp_fx.passes.rewrite import rewrite
-from halp_fx.passes.rules.plan import kept_indices
 from halp_fx.passes.trace import trace
 from halp_fx.reconstruction import reconstruct as module_under_test
-from halp_fx.reconstruction.fit import Moments, error, solve
-from halp_fx.reconstruction.layers import Layer, layers_of, rows_of
-from halp_fx.reconstruction.maps import map_of
-from halp_fx.reconstruction.walk import Walk
+from halp_fx.reconstruction.layers import layers_of, rows_of
 from halp_fx.report import render_markdown
-from halp_fx.types import Plan
 from tests import oracle
 from tests.networks import build
 from tests.pruning import compile_within
+from tests.reconstructible import Chain, Stream, doubled, far, planned, stream
 from tests.strategies import budgets, specs
 
 __all__: list[str] = []
@@ -41,61 +34,6 @@ def _seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
-
-
-def planned(model: nn.Module, x: Tensor, units: dict[str, Sequence[int]]) -> fx.GraphModule:
-    """The network with these units of some groups, and all of the others."""
-    groups = find_groups(trace(model, x))
-    assert set(units) <= {group.name for group in groups.groups}
-    kept = [np.array(units.get(g.name, range(g.units)), dtype=np.int64) for g in groups.groups]
-    return rewrite(
-        Plan(
-            kept=kept_indices(groups, kept),
-            units=tuple(kept),
-            dense_ms=1.0,
-            predicted_ms=1.0,
-            budget_ms=1.0,
-            gap=0.0,
-            value=0.0,
-            dense_value=0.0,
-            solver="test",
-            groups=groups,
-        )
-    )
-
-
-def far(pruned: nn.Module, dense: nn.Module, x: Tensor) -> float:
-    """Squared difference of the outputs as a share of the dense ones' variance."""
-    with torch.no_grad():
-        own, other = (copy.deepcopy(net).eval()(x) for net in (pruned, dense))
-    return float((own - other).square().sum() / (other - other.mean(0)).square().sum())
-
-
-def doubled(layer: nn.Module) -> None:
-    """Of the output channels of a layer the second half repeats the first."""
-    with torch.no_grad():
-        for tensor in layer.state_dict().values():
-            if tensor.ndim:
-                half = len(tensor) // 2
-                tensor[half:] = tensor[:half]
-
-
-class Chain(nn.Module):
-    """Two layers, the first one's channels doubled, with a norm in between where given."""
-
-    def __init__(
-        self, first: nn.Module, second: nn.Module, norm: nn.Module | None = None, flat: bool = False
-    ) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-        self.norm = nn.Identity() if norm is None else norm
-        self.flat = flat
-        doubled(first)
-        doubled(self.norm)
-
-    def forward(self, x: Tensor) -> Any:
-        x = F.relu(self.norm(self.first(x)))
-        return self.second(x.flatten(1) if self.flat else x)
 
 
 def two_d(**options: Any) -> nn.Module:
@@ -135,32 +73,6 @@ def test_what_other_channels_say_as_well_is_made_up_for(name: str) -> None:
     assert far(pruned, model, fresh) < 1e-4
     assert set(fits) == {"second"}
     assert fits["second"].before > 0.01 > 1e-4 > fits["second"].after
-
-
-class Stream(nn.Module):
-    """A residual stream of two blocks, the second wide enough to do what the first does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.snorm = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
-        self.one, self.onorm = nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6)
-        self.back, self.bnorm = nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6)
-        self.two, self.tnorm = nn.Conv2d(6, 24, 1, bias=False), nn.BatchNorm2d(24)
-        self.last, self.lnorm = nn.Conv2d(24, 6, 1, bias=False), nn.BatchNorm2d(6)
-        self.fc = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Any:
-        x = F.relu(self.snorm(self.stem(x)))
-        x = x + self.bnorm(self.back(F.relu(self.onorm(self.one(x)))))
-        x = x + self.lnorm(self.last(F.relu(self.tnorm(self.two(x)))))
-        return self.fc(x.mean((2, 3)))
-
-
-def stream() -> tuple[nn.Module, list[Tensor]]:
-    model = oracle.randomize(Stream()).eval()
-    data = [torch.randn(32, 3, 10, 10) for _ in range(4)]
-    halp_fx.recalibrate(model, data)
-    return model, data
 
 
 def test_a_later_block_makes_up_for_one_that_was_dropped() -> None:
@@ -576,179 +488,6 @@ def test_single_samples_and_autocast() -> None:
     halp_fx.recalibrate(plain, data)
     assert "last" in fits
     assert far(pruned, model, data[0]) < far(plain, model, data[0])
-
-
-def test_minibatches_join_where_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, data = stream()
-    results = []
-    for memory in (0, 400_000, 1 << 30):
-        monkeypatch.setattr(module_under_test, "_MEMORY", memory)
-        joined: list[int] = []
-        join = Walk.join
-
-        def spy(self: Walk, inputs: Any, join: Any = join, joined: Any = joined) -> None:
-            joined.append(self.at)
-            join(self, inputs)
-
-        monkeypatch.setattr(Walk, "join", spy)
-        pruned = planned(model, data[0][:1], {"one": [], "two": range(12)})
-        halp_fx.reconstruct(pruned, model, data)
-        monkeypatch.setattr(Walk, "join", join)
-        results.append((far(pruned, model, torch.cat(data)), joined))
-    (_, alone), (_, some), (_, together) = results
-    # Of each network: once to see what it needs, and then the minibatches.
-    assert len(alone) == 2 + 2
-    assert len(some) == len(together) == 2 + 2 * len(data)
-    assert set(together) == {0}
-    assert max(some) > 0
-    assert results[1][0] == pytest.approx(results[2][0], rel=0.1)
-    assert results[0][0] < 2 * results[2][0]  # one minibatch says less
-
-
-def test_a_walk_gives_what_the_network_computes() -> None:
-    model, data = stream()
-    module = trace(model, data[0]).module.eval()
-    walk = Walk(module)
-    seen: dict[str, Tensor] = {}
-    module.get_submodule("two").register_forward_hook(
-        lambda m, inputs, output: seen.__setitem__("two", output.clone())
-    )
-    node = next(n for n in module.graph.nodes if n.name == "two")
-    with torch.no_grad():
-        walk.join((data[0],))
-        walk.run(walk.index["two"])
-        walk.join((data[1],))
-        walk.run(walk.index["two"] + 1)
-        for value, batch in zip(walk.values(node), data[:2], strict=True):
-            module(batch)
-            torch.testing.assert_close(value, seen["two"])
-        with pytest.raises(KeyError):  # nobody needs it any more
-            walk.values(next(n for n in module.graph.nodes if n.name == "stem"))
-        walk.run(len(walk.nodes))
-        peaks = Walk(module).peaks((data[0],))
-    assert peaks == sorted(peaks, reverse=True)
-    assert peaks[-1] == 0
-    assert peaks[0] >= 2 * 4 * 32 * 24 * 100  # the widest layer and its norm, float32
-
-
-CONVOLUTIONS = [
-    (nn.Conv2d(4, 6, 3), (4, 7, 8)),
-    (nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), dilation=(1, 2)), (4, 9, 8)),
-    (nn.Conv2d(4, 8, 3, padding=1, groups=4), (4, 7, 8)),
-    (nn.Conv2d(4, 4, 4, padding="same", groups=4), (4, 7, 8)),
-    (nn.Conv2d(4, 6, 3, padding=2, padding_mode="circular"), (4, 7, 8)),
-    (nn.Conv1d(4, 6, 3, 2, 2, dilation=2, padding_mode="replicate"), (4, 19)),
-    (nn.Conv3d(4, 6, (2, 3, 1), (1, 2, 1), (1, 0, 1), groups=2), (4, 5, 6, 4)),
-    (nn.Linear(4, 6), (7, 4)),
-]
-
-
-@pytest.mark.parametrize(("module", "shape"), CONVOLUTIONS, ids=lambda v: str(v)[:60])
-def test_rows_are_what_the_layer_reads_and_gives(module: Any, shape: tuple[int, ...]) -> None:
-    x = torch.randn(3, *shape)
-    with torch.no_grad():
-        y = module(x)
-    node: Any = None
-    own = map_of(module)
-    assert own is not None
-    layer = Layer("layer", own, node, node, None)
-    found = rows_of(layer, x, y, 20, torch.Generator().manual_seed(0))
-    assert found is not None
-    read, given_ = found.read, found.given
-    assert set(found.samples.tolist()) == {0, 1, 2}
-    groups = getattr(module, "groups", 1)
-    assert read.shape[:2] == given_.shape[:2] == (20, groups)
-    weight = module.weight.detach().reshape(groups, len(module.weight) // groups, -1)
-    bias = module.bias.detach().reshape(groups, -1)
-    computed = torch.einsum("rgd,god->rgo", read, weight) + bias
-    torch.testing.assert_close(computed, given_, rtol=1e-4, atol=1e-5)
-    of_one = found.where(found.samples == 1)
-    moved = rows_of(layer, x[1:2], y[1:2], 1000, torch.Generator())
-    assert moved is not None
-    assert all((moved.read == row).flatten(1).all(1).any() for row in of_one.read)
-    assert rows_of(layer, x, y[:-1], 20, torch.Generator()) is None
-
-
-@pytest.mark.parametrize("centred", [False, True])
-def test_least_squares_are_those_of_lapack(centred: bool) -> None:
-    x, present = torch.randn(300, 2, 7).double() + 1, torch.randn(2, 3, 7).double()
-    y = torch.einsum("rgd,god->rgo", x, torch.randn(2, 3, 7).double()) + torch.randn(300, 2, 3)
-    moments = Moments()
-    for part in range(3):
-        moments.add(x[part::3], y[part::3])
-    ridge = 0.1
-    new = solve(moments, present, centred=centred, ridge=ridge)
-    assert new is not None
-    for g in range(2):
-        own, aim = x[:, g], y[:, g]
-        if centred:
-            own, aim = own - own.mean(0), aim - aim.mean(0)
-        damp = (300 * ridge * own.square().mean()).sqrt()
-        rows = torch.cat([own, damp * torch.eye(7, dtype=torch.float64)])
-        aims = torch.cat([aim, damp * present[g].T])
-        expected = torch.linalg.lstsq(rows, aims).solution.T
-        torch.testing.assert_close(new[g], expected, rtol=1e-6, atol=1e-8)
-    bias = torch.randn(2, 3).double()
-    off = (torch.einsum("rgd,god->rgo", x, new) + bias - y).square().mean(0).sum()
-    variance = y.var(0, unbiased=False).sum()
-    assert error(moments, new, bias) == pytest.approx(float(off / variance), rel=1e-6)
-
-
-def test_few_samples_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = oracle.randomize(Chain(nn.Linear(40, 64), nn.Linear(64, 10))).eval()
-    data = [torch.randn(6, 40) for _ in range(8)]
-    raw = planned(model, data[0], {"first": range(32)})
-    fresh = torch.randn(500, 40)
-    off = {}
-    for name, ridges in (("chosen", module_under_test._RIDGES), ("least", (1.0,))):
-        monkeypatch.setattr(module_under_test, "_RIDGES", ridges)
-        pruned = copy.deepcopy(raw)
-        halp_fx.reconstruct(pruned, model, data)
-        off[name] = far(pruned, model, fresh)
-    assert off["chosen"] < 0.9 * min(off["least"], far(raw, model, fresh))
-
-
-def test_of_fits_that_are_level_the_smaller_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = oracle.randomize(Chain(nn.Linear(3, 32), nn.Linear(32, 4))).eval()
-    data = [torch.randn(64, 3) for _ in range(8)]
-    raw = planned(model, data[0], {"first": range(16)})
-    size, before = {}, raw.second.weight.clone()
-    for slack in (0.0, 0.5):
-        monkeypatch.setattr(module_under_test, "_SLACK", slack)
-        pruned = copy.deepcopy(raw)
-        fit = halp_fx.reconstruct(pruned, model, data)["second"]
-        assert fit.after < fit.before
-        size[slack] = float((pruned.second.weight - before).detach().norm())
-    assert 0 < size[0.5] < size[0.0]
-
-
-def test_nothing_is_learnt_from_zeros() -> None:
-    moments = Moments()
-    x = torch.randn(10, 2, 4)
-    x[:, 1] = 0
-    moments.add(x, torch.randn(10, 2, 2))
-    assert moments.finite()
-    weight = torch.ones(2, 2, 4).double()
-    new = solve(moments, weight, centred=True, ridge=1e-3)
-    assert new is not None
-    torch.testing.assert_close(new[1], weight[1])
-    assert not torch.allclose(new[0], weight[0], atol=0.1)
-    moments.add(torch.full((1, 2, 4), torch.nan), torch.randn(1, 2, 2))
-    assert not moments.finite()
-    assert not Moments().finite()
-
-
-def test_a_sum_that_is_known_before_is_the_aim() -> None:
-    model, data = stream()
-    pruned = planned(model, data[0][:1], {})
-    dense = trace(model, data[0]).module
-    layers = {x.name: x for x in layers_of(pruned, dense, halp_fx.plan_of(pruned).kept)}
-    assert list(layers) == ["stem", "one", "back", "two", "last", "fc"]
-    assert {name for name, layer in layers.items() if layer.sum is not None} == {"back", "last"}
-    norms = [layer.norm.name if layer.norm else "" for layer in layers.values()]
-    assert norms == [f"{n}.running_mean" for n in ("snorm", "onorm", "bnorm", "tnorm", "lnorm")] + [
-        ""
-    ]
 
 
 @settings(

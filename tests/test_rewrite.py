@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.rewrite import rewrite
-from halp_fx.passes.rules.plan import kept_indices
 from halp_fx.passes.trace import trace
 from halp_fx.types import ChannelGroups, Plan
 from tests import oracle
 from tests.patterns import PATTERNS
+from tests.pruning import plan_by_hand
 
 __all__: list[str] = []
 
@@ -30,18 +30,7 @@ def plan_for(groups: ChannelGroups, count: Callable[[Any], int], seed: int = 0) 
         np.sort(generator.permutation(g.units)[: min(max(count(g), g.least), g.units)])
         for g in groups.groups
     )
-    return Plan(
-        kept=kept_indices(groups, units),
-        units=units,
-        dense_ms=1.0,
-        predicted_ms=0.5,
-        budget_ms=0.5,
-        gap=0.0,
-        value=1.0,
-        dense_value=2.0,
-        solver="by hand",
-        groups=groups,
-    )
+    return plan_by_hand(groups, units)
 
 
 def cut(

@@ -17,7 +17,6 @@ import halp_fx
 from halp_fx.errors import InputError
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.rewrite import rewrite
-from halp_fx.passes.rules.plan import kept_indices
 from halp_fx.passes.saliency import score, score_survivors
 from halp_fx.passes.trace import trace
 from halp_fx.pipeline import prepare
@@ -25,6 +24,7 @@ from halp_fx.report import render_markdown
 from halp_fx.stepwise import narrowed, target_at
 from halp_fx.types import Plan
 from tests import oracle
+from tests.pruning import plan_by_hand
 
 __all__: list[str] = []
 
@@ -74,16 +74,11 @@ def _plan(model: nn.Module, drop: bool = False) -> Plan:
     """Every third unit is gone, and the residual branch too if `drop`."""
     groups = find_groups(trace(model, image()))
     branch = {g for b in groups.branches for g in b.groups} if drop else set()
-    units = tuple(
-        np.arange(0 if i in branch else g.units, dtype=np.int64)[
-            np.arange(0 if i in branch else g.units) % 3 > 0
-        ]
+    units = [
+        [unit for unit in range(0 if i in branch else g.units) if unit % 3]
         for i, g in enumerate(groups.groups)
-    )
-    return Plan(
-        kept=kept_indices(groups, units), units=units, dense_ms=1.0, predicted_ms=1.0,
-        budget_ms=1.0, gap=0.0, value=0.0, dense_value=0.0, solver="", groups=groups,
-    )  # fmt: skip
+    ]
+    return plan_by_hand(groups, units)
 
 
 @pytest.mark.parametrize("drop", [False, True])
