@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import fx
 from halp_fx.errors import InputError
 from halp_fx.minibatches import device_of, float_tensors, inputs_of
 from halp_fx.passes.rules.structure import named_tensors, substitute_copy
-from halp_fx.recalibrate import recalibrate
+from halp_fx.reconstruction.checking import held_rows, is_nearer, restore
 from halp_fx.reconstruction.fit import Fit, Moments, error, solve
 from halp_fx.reconstruction.layers import Index, Layer, layers_of, rows_of
 from halp_fx.reconstruction.norms import Norm, Spread, Tensors, main_input, spread_of
@@ -28,14 +27,11 @@ _MEMORY = 1 << 30  # bytes of activations of both networks, above which no minib
 _ROWS = 16384  # positions that a layer is fitted on, at least and at most,
 _MOST_ROWS = 65536
 _ROWS_EACH = 64  # and in between so many for each input that an output is computed from
-_CHECKED = 4  # one sample in so many is kept for checking
 _RIDGES = (1e4, 1e3, 100.0, 10.0, 1.0)  # times the ridge that are tried, and
 _SLACK = 0.02  # by what share of the least error that of the largest of them may be above it
 _NEAR = 0.05  # running statistics so near to those of the data, in deviations, are the same
 
 _SAME = 1e-5  # relative squared error up to which a layer has nothing to make up for
-
-_State = dict[int, tuple[torch.Tensor, torch.Tensor]]  # tensors by id, and what was in them
 
 
 def refit(
@@ -76,70 +72,13 @@ def refit(
         try:
             network.eval()
             fits = _Reconstruction(network, reference, kept, batches, ridge).run(tell)
-            return fits if not fits or _is_nearer(network, reference, given, batches, saved) else {}
+            return fits if not fits or is_nearer(network, reference, given, batches, saved) else {}
         except BaseException:
-            _restore(saved)
+            restore(saved)
             raise
         finally:
             for module, training in modes.items():
                 module.training = training
-
-
-def _restore(saved: _State) -> None:
-    for tensor, before in saved.values():
-        tensor.copy_(before)
-
-
-def _is_nearer(
-    network: fx.GraphModule,
-    dense: fx.GraphModule,
-    given: Sequence[tuple[Any, ...]],
-    batches: Sequence[tuple[Any, ...]],
-    saved: _State,
-) -> bool:
-    """Whether the outputs are nearer to the dense ones than those of the weights before.
-
-    If not, the network has those weights again, and recalibrated batch norms.
-
-    Args:
-        given: what the network is called with.
-        batches: what its graph gets then.
-    """
-    fitted = {key: (tensor, tensor.clone()) for key, (tensor, _) in saved.items()}
-    off = _distance(network, dense, batches)
-    _restore(saved)
-    with suppress(ValueError):  # of PyTorch: a batch norm that reads one value a channel
-        recalibrate(network, [(inputs, None) for inputs in given])
-    before = _distance(network, dense, batches)
-    if off is None or before is None or off < before:
-        _restore(fitted)
-        return True
-    return False
-
-
-def _distance(
-    network: fx.GraphModule, dense: fx.GraphModule, batches: Sequence[tuple[Any, ...]]
-) -> float | None:
-    """Squared difference of the outputs as a share of the dense ones' squares.
-
-    Of the samples kept for checking, and where both are finite; None where nothing is.
-    """
-    off = size = 0.0
-    for i, inputs in enumerate(batches):
-        first = next((t for t in inputs if isinstance(t, torch.Tensor) and t.ndim), None)
-        samples = 0 if first is None else len(first)
-        held = torch.ones(samples, dtype=torch.bool)
-        if samples > 1 or len(batches) > 1:
-            held = _held(torch.arange(samples), samples, i, len(batches))
-        theirs = float_tensors(dense.forward(*inputs_of((inputs, None), device_of(dense))))
-        for own, other in zip(float_tensors(network.forward(*inputs)), theirs, strict=True):
-            pair = [own.detach().double().cpu(), other.detach().double().cpu()]
-            if own.ndim and len(own) == samples:
-                pair = [values[held] for values in pair]
-            known = pair[0].isfinite() & pair[1].isfinite()
-            off += float((pair[0] - pair[1])[known].square().sum())
-            size += float(pair[1][known].square().sum())
-    return off / size if size > 0 else None
 
 
 def _after_hooks(network: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -356,7 +295,7 @@ class _Reconstruction:
             found = rows_of(layer, x, y, each, self.generator)
             if found is None:
                 return None
-            held = _held(found.samples, len(x), i, len(inputs))
+            held = held_rows(found.samples, len(x), i, len(inputs))
             for moments, part in ((used, found.where(~held)), (checked, found.where(held))):
                 moments.add(part.read, part.given)
         return used, checked
@@ -429,24 +368,6 @@ def _fits(addend: Any, value: torch.Tensor) -> bool:
         return bool(torch.broadcast_shapes(addend.shape, value.shape) == value.shape)
     except (AttributeError, RuntimeError):
         return False
-
-
-def _held(rows: torch.Tensor, samples: int, number: int, count: int) -> torch.Tensor:
-    """Which rows are kept for checking: whole minibatches, or samples where those are few.
-
-    Args:
-        rows: the sample of each row.
-        samples: of the minibatch.
-        number: of the minibatch, of so many.
-    """
-    # Positions of one sample are too much alike to check what was learnt from others of it.
-    if samples > 1 and count < _CHECKED:
-        return rows >= samples - max(samples // _CHECKED, 1)
-    if count > 1:
-        held = number % _CHECKED == min(count, _CHECKED) - 1
-        return torch.full_like(rows, held, dtype=torch.bool)
-    positions = torch.arange(len(rows), device=rows.device)
-    return positions < len(positions) // _CHECKED
 
 
 def _line(layer: Layer, through: bool) -> _Line:

@@ -1,0 +1,95 @@
+"""Samples kept for checking, and whether a fitted network is nearer to the dense one on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import fx
+
+from halp_fx.minibatches import device_of, float_tensors, inputs_of
+from halp_fx.recalibrate import recalibrate
+
+__all__ = ["State", "held_rows", "is_nearer", "restore"]
+
+_CHECKED = 4  # one sample in so many is kept for checking
+
+State = dict[int, tuple[torch.Tensor, torch.Tensor]]  # tensors by id, and what was in them
+
+
+def held_rows(rows: torch.Tensor, samples: int, number: int, count: int) -> torch.Tensor:
+    """Which rows are kept for checking: whole minibatches, or samples where those are few.
+
+    Args:
+        rows: the sample of each row.
+        samples: of the minibatch.
+        number: of the minibatch, of so many.
+    """
+    # Positions of one sample are too much alike to check what was learnt from others of it.
+    if samples > 1 and count < _CHECKED:
+        return rows >= samples - max(samples // _CHECKED, 1)
+    if count > 1:
+        held = number % _CHECKED == min(count, _CHECKED) - 1
+        return torch.full_like(rows, held, dtype=torch.bool)
+    positions = torch.arange(len(rows), device=rows.device)
+    return positions < len(positions) // _CHECKED
+
+
+def restore(saved: State) -> None:
+    """Put back what was in the tensors."""
+    for tensor, before in saved.values():
+        tensor.copy_(before)
+
+
+def is_nearer(
+    network: fx.GraphModule,
+    dense: fx.GraphModule,
+    given: Sequence[tuple[Any, ...]],
+    batches: Sequence[tuple[Any, ...]],
+    saved: State,
+) -> bool:
+    """Whether the outputs are nearer to the dense ones than those of the weights before.
+
+    If not, the network has those weights again, and recalibrated batch norms.
+
+    Args:
+        given: what the network is called with.
+        batches: what its graph gets then.
+    """
+    fitted = {key: (tensor, tensor.clone()) for key, (tensor, _) in saved.items()}
+    off = _distance(network, dense, batches)
+    restore(saved)
+    with suppress(ValueError):  # of PyTorch: a batch norm that reads one value a channel
+        recalibrate(network, [(inputs, None) for inputs in given])
+    before = _distance(network, dense, batches)
+    if off is None or before is None or off < before:
+        restore(fitted)
+        return True
+    return False
+
+
+def _distance(
+    network: fx.GraphModule, dense: fx.GraphModule, batches: Sequence[tuple[Any, ...]]
+) -> float | None:
+    """Squared difference of the outputs as a share of the dense ones' squares.
+
+    Of the samples kept for checking, and where both are finite; None where nothing is.
+    """
+    off = size = 0.0
+    for i, inputs in enumerate(batches):
+        first = next((t for t in inputs if isinstance(t, torch.Tensor) and t.ndim), None)
+        samples = 0 if first is None else len(first)
+        held = torch.ones(samples, dtype=torch.bool)
+        if samples > 1 or len(batches) > 1:
+            held = held_rows(torch.arange(samples), samples, i, len(batches))
+        theirs = float_tensors(dense.forward(*inputs_of((inputs, None), device_of(dense))))
+        for own, other in zip(float_tensors(network.forward(*inputs)), theirs, strict=True):
+            pair = [own.detach().double().cpu(), other.detach().double().cpu()]
+            if own.ndim and len(own) == samples:
+                pair = [values[held] for values in pair]
+            known = pair[0].isfinite() & pair[1].isfinite()
+            off += float((pair[0] - pair[1])[known].square().sum())
+            size += float(pair[1][known].square().sum())
+    return off / size if size > 0 else None
