@@ -222,7 +222,7 @@ def _cifar(
     seeds: SeedsOption = "0,1",
     tune_images: TuneOption = 10_000,
     rate: RateOption = 0.008,
-    clip: ClipOption = 1.0,
+    clip: ClipOption = 0.0,
     batch: BatchOption = 64,
     score_images: ScoreOption = 1024,
     choose_images: ChooseOption = 1000,
