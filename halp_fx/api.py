@@ -262,7 +262,7 @@ def reconstruct(
         ridge: how much the weights keep to what they were: their squared change counts so many
             times the mean square of an input. 10 to 10,000 times as much is tried too, and of what
             comes to within 2 % of the least error on the samples kept for checking, the largest
-            is taken: smaller weights generalise better, and don't upset fine-tuning.
+            is taken, which generalises better.
         progress: called as `progress(done, total)` after each layer.
 
     Returns:

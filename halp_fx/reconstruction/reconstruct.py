@@ -251,7 +251,7 @@ class _Reconstruction:
         found = [error(checked, *new, centred=aim.shifted) for new in tried]
         off = [value if math.isfinite(value) else math.inf for value in found]
         # Errors so near to each other are one; of two such fits, the smaller weights do better on
-        # other samples and in training.
+        # other samples.
         best = next(i for i, value in enumerate(off) if value <= min(off) * (1 + _SLACK))
         if not off[best] < before:
             return None
