@@ -49,7 +49,7 @@ from halp_fx.tools.experiments.accuracy_task import (
     searched,
     to_latency,
 )
-from halp_fx.tools.experiments.accuracy_tune import tune
+from halp_fx.tools.experiments.accuracy_tune import tune, tuned
 from halp_fx.tools.experiments.peers import Way, torch_pruned
 from halp_fx.training import fine_tune
 from tests.oracle import assert_exact
@@ -109,7 +109,7 @@ def task() -> Task:
     network.zero_grad()
     settings = Settings(
         tune_images=160, batch=16, score_images=64, recalibrate_images=128, choose_images=100,
-        tries=6, rate=0.02,
+        tries=6, rates=(0.02,),
     )  # fmt: skip
     return Counted(
         "tiny", network.eval(), "linear", train.at(slice(0, 500)), train.at(slice(500, None)),
@@ -461,7 +461,8 @@ def test_records_outlive_a_run_that_was_cut_off(tmp_path: Path) -> None:
 def test_settings_are_checked_and_told_apart() -> None:
     assert Settings().digest("a") == Settings().digest("a")
     assert (
-        len({Settings().digest("a"), Settings().digest("b"), Settings(rate=0.1).digest("a")}) == 3
+        len({Settings().digest("a"), Settings().digest("b"), Settings(rates=(0.1,)).digest("a")})
+        == 3
     )
     with pytest.raises(InputError, match="on is 'train': pass one of test, choose"):
         Settings(on="train")
@@ -469,6 +470,10 @@ def test_settings_are_checked_and_told_apart() -> None:
         Settings(recovery="magic")
     with pytest.raises(InputError, match="score_images is 0"):
         Settings(score_images=0)
+    with pytest.raises(InputError, match=r"rates is \(0.1, 0.0\): pass learning rates above 0"):
+        Settings(rates=(0.1, 0.0))
+    with pytest.raises(InputError, match="tune_images is -1: pass at least 0"):
+        Settings(tune_images=-1)
     with pytest.raises(InputError, match="clip_norm is 0: pass a number above 0, or None"):
         Settings(clip_norm=0)
 
@@ -578,8 +583,21 @@ def test_clipped_gradients_move_less(task: Task) -> None:
         network = deepcopy(task.dense)
         settings = replace(task.settings, clip_norm=most, tune_images=32)
         tune(replace(task, settings=settings), network, 0)
-        moved.append(float((network.linear.weight - task.dense.linear.weight).norm()))
+        moved.append(float((network.linear.weight - task.dense.linear.weight).detach().norm()))
     assert 0 < moved[1] < 0.1 * moved[0]
+
+
+def test_each_network_has_the_rate_that_suits_it(task: Task) -> None:
+    before = deepcopy(task.dense.state_dict())
+    several = replace(task, settings=replace(task.settings, rates=(30.0, 1e-4, 20.0)))
+    network, rate = tuned(several, task.dense, 0)
+    assert rate == 1e-4
+    alone = deepcopy(task.dense)
+    tune(task, alone, 0, rate=1e-4)
+    assert all(torch.equal(a, alone.state_dict()[k]) for k, a in network.state_dict().items())
+    assert all(torch.equal(a, before[k]) for k, a in task.dense.state_dict().items())
+    one = replace(task, settings=replace(task.settings, rates=(1e-4,)))
+    assert tuned(one, task.dense, 0)[1] == 1e-4
 
 
 @pytest.mark.parametrize("minibatches", [1, 2, 3, 4, 5])
@@ -678,6 +696,8 @@ def test_help_and_mistakes(command: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert "--seeds is 'x': give numbers" in refused(command, "--seeds", "x")
     assert "--budgets is empty" in refused(command, "--budgets", "")
     assert "recovery is 'none'" in refused(command, "--recovery", "none")
+    assert "--rate is 'fast': give numbers" in refused(command, "--rate", "fast")
+    assert "pass learning rates above 0" in refused(command, "--rate", "0.1,0")
     assert "no data: pass --data DIR" in refused(command, "-o", tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -45,7 +45,14 @@ BudgetsOption = Annotated[
 ]
 SeedsOption = Annotated[str, typer.Option("--seeds", help="Comma-separated.")]
 TuneOption = Annotated[int, typer.Option("--tune-images", min=0, help="That fine-tuning sees.")]
-RateOption = Annotated[float, typer.Option("--rate", help="Highest learning rate.")]
+RateOption = Annotated[
+    str,
+    typer.Option(
+        "--rate",
+        help="Highest learning rate. Comma-separated, the one that suits a network best on kept "
+        "training images.",
+    ),
+]
 ClipOption = Annotated[
     float,
     typer.Option("--clip", min=0.0, help="Largest norm of the gradients of a minibatch; 0: any."),
@@ -221,7 +228,7 @@ def _cifar(
     budgets: BudgetsOption = "0.667,0.5,0.333",
     seeds: SeedsOption = "0,1",
     tune_images: TuneOption = 10_000,
-    rate: RateOption = 0.008,
+    rate: RateOption = "0.008",
     clip: ClipOption = 0.0,
     batch: BatchOption = 64,
     score_images: ScoreOption = 1024,
@@ -247,7 +254,7 @@ def _cifar(
     del debug
     plan = _plan(networks, cifar.NETWORKS, methods, budgets, seeds)
     settings = Settings(
-        tune_images=tune_images, rate=rate, clip_norm=clip or None, batch=batch,
+        tune_images=tune_images, rates=_rates(rate), clip_norm=clip or None, batch=batch,
         score_images=score_images, choose_images=choose_images, test_images=test_images, on=on,
         recovery=recovery, alpha=alpha,
     )  # fmt: skip
@@ -274,8 +281,8 @@ def _imagenet(
     budgets: BudgetsOption = "0.7,0.5",
     seeds: SeedsOption = "0",
     tune_images: TuneOption = 3200,
-    rate: RateOption = 0.01,
-    clip: ClipOption = 5.0,
+    rate: RateOption = "0.01,0.002",
+    clip: ClipOption = 0.0,
     batch: BatchOption = 32,
     score_images: ScoreOption = 256,
     choose_images: ChooseOption = 400,
@@ -301,7 +308,7 @@ def _imagenet(
     del debug
     plan = _plan(networks, imagenet.NETWORKS, methods, budgets, seeds)
     settings = Settings(
-        tune_images=tune_images, rate=rate, clip_norm=clip or None, batch=batch,
+        tune_images=tune_images, rates=_rates(rate), clip_norm=clip or None, batch=batch,
         score_images=score_images, recalibrate_images=512, choose_images=choose_images,
         test_images=test_images, on=on, recovery=recovery, alpha=alpha, shift=16, pixels=pixels,
     )  # fmt: skip
@@ -333,6 +340,10 @@ def _plan(networks: str, known: Any, methods: str, budgets: str, seeds: str) -> 
         tuple(shares),
         tuple(_listed("--seeds", seeds, int)),
     )
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    return tuple(_listed("--rate", text, float))
 
 
 def _listed(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:

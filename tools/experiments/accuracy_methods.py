@@ -171,7 +171,7 @@ def _gradual(task: Task, budget: float, seed: int) -> Candidate:
             latency=task.source, verify=False,
         )  # fmt: skip
         optimizer = torch.optim.SGD(
-            pruner.model.parameters(), lr=settings.rate / 2, momentum=0.9, nesterov=True,
+            pruner.model.parameters(), lr=settings.rates[0] / 2, momentum=0.9, nesterov=True,
             weight_decay=1e-4,
         )  # fmt: skip
         data = Batches(task.train, settings.batch, seed, images, settings.shift)

@@ -42,6 +42,7 @@ class Record:
     params_share: float | None = None
     recalibrated: float | None = None  # test accuracy after batch norm recalibration alone
     tuned: float | None = None  # and after fine-tuning
+    rate: float | None = None  # the highest learning rate of that
     tested: int = 0  # test images
     seconds: float | None = None
     remark: str = ""

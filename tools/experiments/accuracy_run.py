@@ -16,7 +16,7 @@ from halp_fx.tools.experiments.accuracy_data import correct
 from halp_fx.tools.experiments.accuracy_methods import DENSE, Method
 from halp_fx.tools.experiments.accuracy_records import Journal, Record, packed
 from halp_fx.tools.experiments.accuracy_task import Task
-from halp_fx.tools.experiments.accuracy_tune import tune
+from halp_fx.tools.experiments.accuracy_tune import tuned
 
 __all__ = ["Plan", "made", "require", "run"]
 
@@ -151,7 +151,7 @@ def _made(task: Task, method: Method, budget: float, seed: int, base: Record) ->
         (task.reconstruct if method.reconstruct else task.recalibrate)(network, seed)
     if not candidate.used_images:
         before = correct(network, images)
-    tune(task, network, seed, used=candidate.used_images, recovery=method.recovery)
+    network, rate = tuned(task, network, seed, used=candidate.used_images, recovery=method.recovery)
     after = correct(network, images)
     counts = [sum(p.numel() for p in net.parameters()) for net in (network, task.dense)]
     return replace(
@@ -164,6 +164,7 @@ def _made(task: Task, method: Method, budget: float, seed: int, base: Record) ->
         params_share=counts[0] / counts[1],
         recalibrated=None if before is None else float(before.mean()),
         tuned=float(after.mean()),
+        rate=rate,
         tested=len(images),
         right_recalibrated="" if before is None else packed(before),
         right_tuned=packed(after),

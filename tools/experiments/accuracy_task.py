@@ -36,7 +36,9 @@ class Settings:
     """The same for every method, so that only the method differs."""
 
     tune_images: int = 10_000  # images that fine-tuning sees
-    rate: float = 0.008  # its highest learning rate
+    # Its highest learning rate; of several, each network has the best on images kept for choosing,
+    # since one that lost little is ruined by the rate that one needs that lost much.
+    rates: tuple[float, ...] = (0.008,)
     clip_norm: float | None = None  # largest norm of all gradients of a minibatch together
     batch: int = 64  # its minibatches, and those of the scores
     score_images: int = 1024
@@ -58,8 +60,10 @@ class Settings:
         for name in ("batch", "score_images", "recalibrate_images", "choose_images", "tries"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: pass at least 1")
-        if self.tune_images < 0 or not self.rate > 0:
-            raise InputError("tune_images must be at least 0 and rate above 0")
+        if self.tune_images < 0:
+            raise InputError(f"tune_images is {self.tune_images}: pass at least 0")
+        if not self.rates or not all(rate > 0 for rate in self.rates):
+            raise InputError(f"rates is {self.rates!r}: pass learning rates above 0")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise InputError(f"clip_norm is {self.clip_norm!r}: pass a number above 0, or None")
 
