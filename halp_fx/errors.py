@@ -3,7 +3,8 @@
 HalpError
 ├── InputError (ValueError)     an argument is wrong: the message names it and what to pass
 │   ├── BudgetError             the budget can't be parsed or is out of range
-│   └── DependencyError         an optional package is missing: the message has the command
+│   ├── DependencyError         an optional package is missing: the message has the command
+│   └── DivergedError           training came to a loss that is not finite
 ├── InfeasibleError             no network within the budget; `.least` is the least cost
 ├── TraceError                  the model can't be turned into a graph
 ├── NothingToPruneError         every channel is pinned; the message says by what
@@ -21,6 +22,7 @@ __all__ = [
     "BudgetError",
     "DependencyError",
     "DeviceMismatchError",
+    "DivergedError",
     "ExportError",
     "HalpError",
     "InfeasibleError",
@@ -48,6 +50,10 @@ class BudgetError(InputError):
 
 class DependencyError(InputError):
     """An optional package is missing; the message has the command that installs it."""
+
+
+class DivergedError(InputError):
+    """Training came to a loss that is not finite: the data are at fault, or the learning rate."""
 
 
 class InfeasibleError(HalpError):

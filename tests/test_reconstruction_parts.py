@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import halp_fx
 from halp_fx.passes.trace import trace
 from halp_fx.reconstruction import reconstruct as module_under_test
+from halp_fx.reconstruction.checking import held_rows
 from halp_fx.reconstruction.fit import Moments, error, solve
 from halp_fx.reconstruction.layers import Layer, layers_of, rows_of
 from halp_fx.reconstruction.maps import map_of
@@ -120,6 +121,7 @@ def test_least_squares_are_those_of_lapack(centred: bool) -> None:
 
 
 def test_few_samples_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(module_under_test._RIDGES) == sorted(module_under_test._RIDGES, reverse=True)
     model = oracle.randomize(Chain(nn.Linear(40, 64), nn.Linear(64, 10))).eval()
     data = [torch.randn(6, 40) for _ in range(8)]
     raw = planned(model, data[0], {"first": range(32)})
@@ -133,7 +135,7 @@ def test_few_samples_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
     assert off["chosen"] < 0.9 * min(off["least"], far(raw, model, fresh))
 
 
-def test_of_fits_that_are_level_the_smaller_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_fits_that_are_level_the_nearest_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     model = oracle.randomize(Chain(nn.Linear(3, 32), nn.Linear(32, 4))).eval()
     data = [torch.randn(64, 3) for _ in range(8)]
     raw = planned(model, data[0], {"first": range(16)})
@@ -145,6 +147,62 @@ def test_of_fits_that_are_level_the_smaller_weights(monkeypatch: pytest.MonkeyPa
         assert fit.after < fit.before
         size[slack] = float((pruned.second.weight - before).detach().norm())
     assert 0 < size[0.5] < size[0.0]
+
+
+def test_what_is_level_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = oracle.randomize(Chain(nn.Linear(3, 32), nn.Linear(32, 4))).eval()
+    data = [torch.randn(64, 3) for _ in range(8)]
+    pruned = planned(model, data[0], {"first": range(16)})
+    weight = pruned.second.weight.clone()
+    fit = halp_fx.reconstruct(copy.deepcopy(pruned), model, data)["second"]
+    for slack, stays in ((1.02, True), (0.98, False)):
+        monkeypatch.setattr(module_under_test, "_SLACK", slack * fit.before / fit.after - 1)
+        fits = halp_fx.reconstruct(pruned, model, data)
+        assert (fits == {}) is stays
+        assert torch.equal(pruned.second.weight, weight) is stays
+
+
+def test_fits_that_fail_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = oracle.randomize(Chain(nn.Linear(3, 32), nn.Linear(32, 4))).eval()
+    data = [torch.randn(64, 3) for _ in range(8)]
+    raw = planned(model, data[0], {"first": range(16)})
+    expected = copy.deepcopy(raw)
+    monkeypatch.setattr(module_under_test, "_RIDGES", (1.0,))
+    halp_fx.reconstruct(expected, model, data)
+
+    def failing(moments: Moments, weight: Tensor, *, centred: bool, ridge: float) -> Any:
+        if ridge > 0.05:
+            return None
+        if ridge > 5e-3:
+            return torch.full_like(weight, torch.nan)
+        return solve(moments, weight, centred=centred, ridge=ridge)
+
+    monkeypatch.setattr(module_under_test, "_RIDGES", (100.0, 10.0, 1.0))
+    monkeypatch.setattr(module_under_test, "solve", failing)
+    halp_fx.reconstruct(raw, model, data)
+    torch.testing.assert_close(raw.second.weight, expected.second.weight)
+
+
+@pytest.mark.parametrize(
+    ("samples", "count", "held"),
+    [
+        (8, 1, [[6, 7]]),
+        (3, 2, [[2], [2]]),
+        (8, 3, [[6, 7]] * 3),
+        (1, 2, [[], [0]]),
+        (2, 6, [[], [], [], [0, 1], [], []]),
+    ],
+)
+def test_samples_that_are_kept_for_checking(
+    samples: int, count: int, held: list[list[int]]
+) -> None:
+    rows = torch.arange(samples).repeat_interleave(3)
+    found = [rows[held_rows(rows, samples, i, count)] for i in range(count)]
+    assert [part.unique().tolist() for part in found] == held
+
+
+def test_of_a_single_sample_some_positions_are_kept() -> None:
+    assert held_rows(torch.zeros(8), 1, 0, 1).tolist() == [True] * 2 + [False] * 6
 
 
 def test_nothing_is_learnt_from_zeros() -> None:

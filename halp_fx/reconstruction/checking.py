@@ -12,7 +12,7 @@ from torch import fx
 from halp_fx.minibatches import device_of, float_tensors, inputs_of
 from halp_fx.recalibrate import recalibrate
 
-__all__ = ["State", "held_rows", "is_nearer", "restore"]
+__all__ = ["State", "held_rows", "keep_nearer", "restore"]
 
 _CHECKED = 4  # one sample in so many is kept for checking
 
@@ -38,25 +38,29 @@ def held_rows(rows: torch.Tensor, samples: int, number: int, count: int) -> torc
 
 
 def restore(saved: State) -> None:
-    """Put back what was in the tensors."""
+    """Put back what was in the tensors. To be called under `no_grad`."""
     for tensor, before in saved.values():
         tensor.copy_(before)
 
 
-def is_nearer(
+def keep_nearer(
     network: fx.GraphModule,
     dense: fx.GraphModule,
     given: Sequence[tuple[Any, ...]],
     batches: Sequence[tuple[Any, ...]],
     saved: State,
 ) -> bool:
-    """Whether the outputs are nearer to the dense ones than those of the weights before.
+    """Keep the fitted weights if they bring the outputs nearer to the dense ones than those before.
 
-    If not, the network has those weights again, and recalibrated batch norms.
+    Else the network has those again, and recalibrated batch norms. To be called under `no_grad`.
 
     Args:
         given: what the network is called with.
         batches: what its graph gets then.
+        saved: the weights before.
+
+    Returns:
+        Whether they were kept.
     """
     fitted = {key: (tensor, tensor.clone()) for key, (tensor, _) in saved.items()}
     off = _distance(network, dense, batches)

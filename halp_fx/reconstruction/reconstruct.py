@@ -14,7 +14,7 @@ from torch import fx
 from halp_fx.errors import InputError
 from halp_fx.minibatches import device_of, float_tensors, inputs_of
 from halp_fx.passes.rules.structure import named_tensors, substitute_copy
-from halp_fx.reconstruction.checking import held_rows, is_nearer, restore
+from halp_fx.reconstruction.checking import held_rows, keep_nearer, restore
 from halp_fx.reconstruction.fit import Fit, Moments, error, solve
 from halp_fx.reconstruction.layers import Index, Layer, layers_of, rows_of
 from halp_fx.reconstruction.norms import Norm, Spread, Tensors, main_input, spread_of
@@ -27,8 +27,8 @@ _MEMORY = 1 << 30  # bytes of activations of both networks, above which no minib
 _ROWS = 16384  # positions that a layer is fitted on, at least and at most,
 _MOST_ROWS = 65536
 _ROWS_EACH = 64  # and in between so many for each input that an output is computed from
-_RIDGES = (1e4, 1e3, 100.0, 10.0, 1.0)  # times the ridge that are tried, and
-_SLACK = 0.02  # by what share of the least error that of the largest of them may be above it
+_RIDGES = (1e4, 1e3, 100.0, 10.0, 1.0)  # times the ridge, which are tried: the largest first
+_SLACK = 0.02  # of the least error: fits within so much of it are level
 _NEAR = 0.05  # running statistics so near to those of the data, in deviations, are the same
 
 _SAME = 1e-5  # relative squared error up to which a layer has nothing to make up for
@@ -72,7 +72,9 @@ def refit(
         try:
             network.eval()
             fits = _Reconstruction(network, reference, kept, batches, ridge).run(tell)
-            return fits if not fits or is_nearer(network, reference, given, batches, saved) else {}
+            if fits and not keep_nearer(network, reference, given, batches, saved):
+                return {}
+            return fits
         except BaseException:
             restore(saved)
             raise
@@ -241,23 +243,22 @@ class _Reconstruction:
         if error(checked, present, offset) < _SAME:
             return None
         free = aim.absorbs or aim.shifted or own.bias is not None
-        before = error(checked, present, offset, centred=aim.shifted)
         ridges = [self.ridge * factor for factor in _RIDGES]
         x, y = used.means
-        tried: list[tuple[torch.Tensor, torch.Tensor]] = []  # from the nearest to what is there
+        tried = [(present, offset)]  # and then from the nearest to it to the farthest
         for new in (present, *(solve(used, present, centred=free, ridge=r) for r in ridges)):
             if new is not None:
                 tried.append((new, y - (new @ x[..., None])[..., 0] if free else offset))
         found = [error(checked, *new, centred=aim.shifted) for new in tried]
         off = [value if math.isfinite(value) else math.inf for value in found]
-        # Errors so near to each other are one; of two such fits, the smaller weights do better on
-        # other samples.
-        best = next(i for i, value in enumerate(off) if value <= min(off) * (1 + _SLACK))
-        if not off[best] < before:
+        # Few samples don't tell level fits apart: the one nearest to what is there is the safest.
+        level = min(off) * (1 + _SLACK)
+        best = next(i for i, value in enumerate(off) if value <= level)
+        if best == 0:
             return None
         filters, bias = tried[best]
         self._write(layer, aim, filters.reshape(len(weight), -1), bias.flatten())
-        return Fit(before, off[best])
+        return Fit(off[0], off[best])
 
     def _write(self, layer: Layer, aim: _Aim, rows: torch.Tensor, bias: torch.Tensor) -> None:
         own = layer.map

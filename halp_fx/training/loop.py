@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halp_fx.errors import InputError
+from halp_fx.errors import DivergedError, InputError
 from halp_fx.minibatches import device_of
 from halp_fx.training.arguments import check_model
 from halp_fx.training.distillation import Distillation
@@ -50,7 +50,8 @@ def fine_tune(
         The mean loss of each epoch.
 
     Raises:
-        InputError: no data, a loss that is not finite, or an optimiser of another network.
+        InputError: no data, or an optimiser of another network.
+        DivergedError: a loss that is not finite.
 
     Example:
         >>> net = nn.Linear(3, 2)
@@ -85,7 +86,7 @@ def fine_tune(
                 value = _value_of(current, inputs, target, loss)
                 losses.append(float(value.detach()))
                 if not math.isfinite(losses[-1]):
-                    raise InputError(
+                    raise DivergedError(
                         f"the loss is {losses[-1]} in minibatch {len(losses)} of epoch {epoch}: "
                         "check the data, or lower the learning rate"
                     )

@@ -49,13 +49,9 @@ RateOption = Annotated[
     str,
     typer.Option(
         "--rate",
-        help="Highest learning rate. Comma-separated, the one that suits a network best on kept "
-        "training images.",
+        help="Highest learning rate. Of several, comma-separated, each network has the one that "
+        "suits it best on kept training images; methods that train while they prune use the first.",
     ),
-]
-ClipOption = Annotated[
-    float,
-    typer.Option("--clip", min=0.0, help="Largest norm of the gradients of a minibatch; 0: any."),
 ]
 BatchOption = Annotated[int, typer.Option("--batch", min=2, help="Minibatch of fine-tuning.")]
 ScoreOption = Annotated[
@@ -63,7 +59,9 @@ ScoreOption = Annotated[
 ]
 ChooseOption = Annotated[
     int,
-    typer.Option("--choose-images", min=1, help="Kept training images that variants are tried on."),
+    typer.Option(
+        "--choose-images", min=1, help="Kept training images that variants and rates are tried on."
+    ),
 ]
 TestOption = Annotated[
     int | None, typer.Option("--test-images", min=1, help="Default: all.", show_default=False)
@@ -181,7 +179,7 @@ def experiment(
             )
 
         try:
-            run(plan, journal, task, again=again, tell=_teller())
+            run(plan, journal, task, again=again, tell=_teller(several=len(settings.rates) > 1))
         finally:
             records = made(plan, journal)
             for path in write_report(records, directory, title) if records else ():
@@ -192,8 +190,12 @@ def experiment(
     return records
 
 
-def _teller() -> Callable[[int, int, Record, bool], None]:
-    """Prints a line for each record, and how long the rest will take about."""
+def _teller(*, several: bool) -> Callable[[int, int, Record, bool], None]:
+    """Prints a line for each record, and how long the rest will take about.
+
+    Args:
+        several: whether there are several learning rates, so that the one that was taken counts.
+    """
     start, made = time.monotonic(), 0
 
     def tell(done: int, total: int, record: Record, there: bool) -> None:
@@ -214,6 +216,8 @@ def _teller() -> Callable[[int, int, Record, bool], None]:
             )
             if value is not None
         )
+        if record.rate is not None and several:
+            what += f" at a rate of {record.rate:g}"
         text = f"{line}{what} ({record.seconds:.0f} s; at most {left:.0f} minutes left)"
         err().print(escape(text))
 
@@ -229,7 +233,6 @@ def _cifar(
     seeds: SeedsOption = "0,1",
     tune_images: TuneOption = 10_000,
     rate: RateOption = "0.008",
-    clip: ClipOption = 0.0,
     batch: BatchOption = 64,
     score_images: ScoreOption = 1024,
     choose_images: ChooseOption = 1000,
@@ -254,7 +257,7 @@ def _cifar(
     del debug
     plan = _plan(networks, cifar.NETWORKS, methods, budgets, seeds)
     settings = Settings(
-        tune_images=tune_images, rates=_rates(rate), clip_norm=clip or None, batch=batch,
+        tune_images=tune_images, rates=_rates(rate), batch=batch,
         score_images=score_images, choose_images=choose_images, test_images=test_images, on=on,
         recovery=recovery, alpha=alpha,
     )  # fmt: skip
@@ -282,7 +285,6 @@ def _imagenet(
     seeds: SeedsOption = "0",
     tune_images: TuneOption = 3200,
     rate: RateOption = "0.01,0.002",
-    clip: ClipOption = 0.0,
     batch: BatchOption = 32,
     score_images: ScoreOption = 256,
     choose_images: ChooseOption = 400,
@@ -308,7 +310,7 @@ def _imagenet(
     del debug
     plan = _plan(networks, imagenet.NETWORKS, methods, budgets, seeds)
     settings = Settings(
-        tune_images=tune_images, rates=_rates(rate), clip_norm=clip or None, batch=batch,
+        tune_images=tune_images, rates=_rates(rate), batch=batch,
         score_images=score_images, recalibrate_images=512, choose_images=choose_images,
         test_images=test_images, on=on, recovery=recovery, alpha=alpha, shift=16, pixels=pixels,
     )  # fmt: skip

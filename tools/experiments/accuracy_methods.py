@@ -175,7 +175,7 @@ def _gradual(task: Task, budget: float, seed: int) -> Candidate:
             weight_decay=1e-4,
         )  # fmt: skip
         data = Batches(task.train, settings.batch, seed, images, settings.shift)
-        fine_tune(pruner, data, task.loss, optimizer=optimizer, clip_norm=settings.clip_norm)
+        fine_tune(pruner, data, task.loss, optimizer=optimizer)
         network: nn.Module = pruner.network
         return network.cpu().eval()
 

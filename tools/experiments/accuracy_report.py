@@ -101,7 +101,7 @@ def _dense_line(records: Sequence[Record]) -> str:
         return "The dense network was not tested."
     return (
         f"Dense: {_mean(dense, 'recalibrated', percent=True)} % of {dense[0].tested:,} "
-        f"images, {_mean(dense, 'tuned', percent=True)} % after the same fine-tuning, with seed "
+        f"images, {_mean(dense, 'tuned', percent=True)} % after fine-tuning, with seed "
         f"{dense[0].seed} alone; {_mean(dense, 'dense_ms', 3)} ms. Of the pruned networks, means "
         "over seeds, ± half their range; latency is measured, as a share of the dense network's "
         f"(which against itself gives {_mean(dense, 'share', 3)}); accuracies in percent."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ from halp_fx.tools.experiments.accuracy_data import correct
 from halp_fx.tools.experiments.accuracy_methods import DENSE, Method
 from halp_fx.tools.experiments.accuracy_records import Journal, Record, packed
 from halp_fx.tools.experiments.accuracy_task import Task
-from halp_fx.tools.experiments.accuracy_tune import tuned
+from halp_fx.tools.experiments.accuracy_tune import best_tuned, random_devices
 
 __all__ = ["Plan", "made", "require", "run"]
 
@@ -129,7 +129,7 @@ def _record(task: Task, method: Method, budget: float, seed: int, settings: str)
     base = Record(task.name, method.name, budget, seed, settings, method.title)
     start = time.monotonic()
     try:
-        with torch.random.fork_rng(devices=_devices(task)):
+        with torch.random.fork_rng(devices=random_devices(task.device)):
             torch.manual_seed(seed)
             done = _made(task, method, budget, seed, base)
     except DependencyError:
@@ -151,7 +151,9 @@ def _made(task: Task, method: Method, budget: float, seed: int, base: Record) ->
         (task.reconstruct if method.reconstruct else task.recalibrate)(network, seed)
     if not candidate.used_images:
         before = correct(network, images)
-    network, rate = tuned(task, network, seed, used=candidate.used_images, recovery=method.recovery)
+    network, rate = best_tuned(
+        task, network, seed, used=candidate.used_images, recovery=method.recovery
+    )
     after = correct(network, images)
     counts = [sum(p.numel() for p in net.parameters()) for net in (network, task.dense)]
     return replace(
@@ -169,7 +171,3 @@ def _made(task: Task, method: Method, budget: float, seed: int, base: Record) ->
         right_recalibrated="" if before is None else packed(before),
         right_tuned=packed(after),
     )
-
-
-def _devices(task: Task) -> Sequence[int]:
-    return range(torch.cuda.device_count()) if task.device.startswith("cuda") else []

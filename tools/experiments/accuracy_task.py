@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -37,9 +38,9 @@ class Settings:
 
     tune_images: int = 10_000  # images that fine-tuning sees
     # Its highest learning rate; of several, each network has the best on images kept for choosing,
-    # since one that lost little is ruined by the rate that one needs that lost much.
+    # since one that lost little is ruined by the rate that one needs that lost much. What trains
+    # while it prunes does so at the first.
     rates: tuple[float, ...] = (0.008,)
-    clip_norm: float | None = None  # largest norm of all gradients of a minibatch together
     batch: int = 64  # its minibatches, and those of the scores
     score_images: int = 1024
     recalibrate_images: int = 2048
@@ -62,10 +63,8 @@ class Settings:
                 raise InputError(f"{name} is {getattr(self, name)}: pass at least 1")
         if self.tune_images < 0:
             raise InputError(f"tune_images is {self.tune_images}: pass at least 0")
-        if not self.rates or not all(rate > 0 for rate in self.rates):
+        if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
             raise InputError(f"rates is {self.rates!r}: pass learning rates above 0")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise InputError(f"clip_norm is {self.clip_norm!r}: pass a number above 0, or None")
 
     def digest(self, *further: str) -> str:
         """A short text that differs where the settings, or what is passed besides, differ."""

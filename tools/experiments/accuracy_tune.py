@@ -2,43 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from halp_fx.errors import DivergedError
 from halp_fx.tools.experiments.accuracy_data import Batches, correct
 from halp_fx.tools.experiments.accuracy_task import Task
 from halp_fx.training import Distillation, fine_tune
 
-__all__ = ["tune", "tuned"]
+__all__ = ["best_tuned", "random_devices", "tune"]
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def tuned(
+def best_tuned(
     task: Task, network: Network, seed: int, *, used: int = 0, recovery: str | None = None
-) -> tuple[Network, float]:
+) -> tuple[Network, float | None]:
     """The network fine-tuned at the rate of the settings that suits it best, and that rate.
 
-    Of several rates, that which gives the highest accuracy on images kept for choosing.
+    Of several rates, that which gives the highest accuracy on images kept for choosing, and the
+    first of those that do.
 
     Args:
         network: it is left as it is.
         task, seed, used, recovery: as for `tune`.
+
+    Returns:
+        Rate None where no training is due.
+
+    Raises:
+        DivergedError: no rate leads to a finite loss.
     """
     settings = task.settings
+    if settings.tune_images - used < 1:
+        return deepcopy(network), None
     images = task.choose.sample(settings.choose_images, 0)
     best: tuple[float, Network, float] | None = None
+    diverged: DivergedError | None = None
     for rate in settings.rates:
         trial = deepcopy(network)
-        tune(task, trial, seed, rate=rate, used=used, recovery=recovery)
+        # Each sees the same dropout as it would alone.
+        with torch.random.fork_rng(devices=random_devices(task.device)):
+            torch.manual_seed(seed)
+            try:
+                tune(task, trial, seed, rate=rate, used=used, recovery=recovery)
+            except DivergedError as error:
+                diverged = error
+                continue
         right = float(correct(trial, images).mean()) if len(settings.rates) > 1 else 0.0
         if best is None or right > best[0]:
             best = right, trial, rate
-    assert best is not None
+    if best is None:
+        assert diverged is not None
+        raise diverged
     return best[1:]
+
+
+def random_devices(device: str) -> Sequence[int]:
+    """The CUDA devices whose random state counts when training on this one."""
+    return range(torch.cuda.device_count()) if device.startswith("cuda") else []
 
 
 def tune(
@@ -53,8 +79,7 @@ def tune(
 ) -> None:
     """Fine-tune a network in place, and recalibrate it: the same for all methods.
 
-    SGD with momentum 0.9, the learning rate in one cycle, gradients clipped, images shifted and
-    mirrored.
+    SGD with momentum 0.9, the learning rate in one cycle, images shifted and mirrored.
 
     Args:
         task: whose training images and settings count.
@@ -82,7 +107,5 @@ def tune(
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=len(data) + 1, pct_start=rise, cycle_momentum=False
     )
-    fine_tune(
-        network, data, loss, optimizer=optimizer, scheduler=scheduler, clip_norm=settings.clip_norm
-    )
+    fine_tune(network, data, loss, optimizer=optimizer, scheduler=scheduler)
     task.recalibrate(network, seed)
