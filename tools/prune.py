@@ -92,7 +92,11 @@ def prune(
         err().print("[dim]model.* is the tensor part: halp_fx.restore_core puts it back.[/]")
     if onnx and in_parts:
         err().print("[yellow]no ONNX file: export backbone and heads one by one, see the docs[/]")
-    err().print("[dim]The widths were chosen and kept without training: fine-tune before use.[/]")
+    if plan.report.get("reconstructed_layers"):
+        advice = "Weights were fitted to the dense network: check accuracy, fine-tune if it is low."
+    else:
+        advice = "Weights that are left are the dense network's: fine-tune before use."
+    err().print(f"[dim]{advice}[/]")
     return plan
 
 
