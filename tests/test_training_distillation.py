@@ -180,12 +180,9 @@ def test_distillation_recovers_digits() -> None:
             return float((net.eval()(images).argmax(1) == classes).float().mean())
 
     before = accuracy(small)
-    halp_fx.recalibrate(small, data)
-    recalibrated = accuracy(small)
     optimizer = torch.optim.AdamW(small.parameters(), 2e-3)
     fine_tune(small, data, Distillation(model, features=["5"]), optimizer=optimizer, epochs=2)
-    assert before < recalibrated
-    assert accuracy(small) > recalibrated + 0.1
+    assert accuracy(small) > before + 0.1
     assert accuracy(small) > accuracy(model) - 0.12
 
 
