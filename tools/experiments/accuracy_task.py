@@ -38,8 +38,8 @@ class Settings:
 
     tune_images: int = 10_000  # images that fine-tuning sees
     # Its highest learning rate; of several, each network has the best on images kept for choosing,
-    # since one that lost little is ruined by the rate that one needs that lost much. What trains
-    # while it prunes does so at the first.
+    # since one that lost little may be ruined by the rate that one needs that lost much. What
+    # trains while it prunes does so at the first.
     rates: tuple[float, ...] = (0.008,)
     batch: int = 64  # its minibatches, and those of the scores
     score_images: int = 1024

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,12 +16,10 @@ from halp_fx.training import Distillation, fine_tune
 
 __all__ = ["best_tuned", "random_devices", "tune"]
 
-Network = TypeVar("Network", bound=nn.Module)
-
 
 def best_tuned(
-    task: Task, network: Network, seed: int, *, used: int = 0, recovery: str | None = None
-) -> tuple[Network, float | None]:
+    task: Task, network: nn.Module, seed: int, *, used: int = 0, recovery: str | None = None
+) -> tuple[nn.Module, float | None]:
     """The network fine-tuned at the rate of the settings that suits it best, and that rate.
 
     Of several rates, that which gives the highest accuracy on images kept for choosing, and the
@@ -41,7 +39,7 @@ def best_tuned(
     if settings.tune_images - used < 1:
         return deepcopy(network), None
     images = task.choose.sample(settings.choose_images, 0)
-    best: tuple[float, Network, float] | None = None
+    best: tuple[float, nn.Module, float] | None = None
     diverged: DivergedError | None = None
     for rate in settings.rates:
         trial = deepcopy(network)
