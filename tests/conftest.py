@@ -28,6 +28,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def seeded() -> Iterator[None]:
+    """Random numbers from seed 0 on; those of other tests go on as if nothing had been."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 def _data_folders() -> list[Path]:
     named = os.environ.get("HALP_FX_DATA")
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
