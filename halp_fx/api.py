@@ -91,7 +91,7 @@ def compile(
             nearly all goes.
         min_width: each group keeps at least so many channels, or all that it has.
         round_to: each group keeps a multiple of so many channels, or all. None: multiples that
-            grow with the group, 8 from 64 units on.
+            grow with the group, 8 from 32 units on.
 
             These three may be dicts from a glob, over the modules and parameters that give a
             group's channels and over the group's name, to a value. The pattern with the most
@@ -201,6 +201,8 @@ def sweep(
         0.4 True
     """
     model = unwrapped(model, stacklevel=3)
+    if isinstance(budgets, (str, float, int, Budget)) or not isinstance(budgets, Iterable):
+        raise InputError(f"budgets is {budgets!r}: pass several, as [0.7, 0.5]")
     limits = [parse_budget(budget) for budget in budgets]
     if not limits:
         raise InputError("there are no budgets: pass at least one, as [0.7, 0.5]")

@@ -1,4 +1,4 @@
-"""The errors of halp_fx.
+"""The errors of halp_fx, and its warnings.
 
 HalpError
 ├── InputError (ValueError)     an argument is wrong: the message names it and what to pass
@@ -18,6 +18,9 @@ HalpError
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 __all__ = [
     "BudgetError",
     "DependencyError",
@@ -33,6 +36,7 @@ __all__ = [
     "RewriteError",
     "SaliencyError",
     "TraceError",
+    "warn_caller",
 ]
 
 
@@ -94,3 +98,11 @@ class ExportError(HalpError):
 
 class RecipeError(HalpError):
     """A file of `halp_fx.save` can't be written or read."""
+
+
+def warn_caller(text: str) -> None:
+    """A `UserWarning` at the line outside of this package that led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith("halp_fx."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, UserWarning, stacklevel=level)

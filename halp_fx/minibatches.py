@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,5 +33,13 @@ def target_of(batch: Any, device: torch.device) -> Any:
 
 def float_tensors(output: Any) -> list[torch.Tensor]:
     """All tensors of real numbers in an output: itself, or what its containers hold, in order."""
-    leaves = pytree.tree_leaves(output)
-    return [x for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return [x for x in _tensors(output) if x.is_floating_point()]
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in dataclasses.fields(leaf):
+                yield from _tensors(getattr(leaf, field.name))

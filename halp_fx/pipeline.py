@@ -287,6 +287,10 @@ def prepare(
     if isinstance(min_share, Mapping):
         min_share = {"*": MIN_SHARE, **min_share}
     allowed = Widths(min_share=min_share, min_width=min_width, round_to=round_to)
+    _check_loss(loss, data)
+    _check_flags(drop_blocks=drop_blocks, exact=exact, verify=verify, reconstruct=reconstruct)
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress must be a callable, not {type(progress).__name__}")
     _check_candidates(candidates, evaluate, data)
     check_steps(steps, data, saliency)
     _check_reconstruct(reconstruct, data)
@@ -334,6 +338,26 @@ def prepare(
     )
 
 
+def _check_loss(loss: Any, data: Any) -> None:
+    if loss is None:
+        return
+    if not callable(loss):
+        raise InputError(f"loss must be a callable, not {type(loss).__name__}")
+    if isinstance(loss, type) and issubclass(loss, nn.Module):
+        raise InputError(f"loss is the class {loss.__name__}: pass an instance, {loss.__name__}()")
+    if data is None:
+        raise InputError(
+            "loss scores channels on data, and there is none: pass data, or leave loss out to "
+            "score by the weights alone"
+        )
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{name} is {value!r}: pass True or False")
+
+
 def _check_candidates(candidates: Any, evaluate: Any, data: Any) -> None:
     whole = isinstance(candidates, int) and not isinstance(candidates, bool)
     if not whole or candidates < 1 or (candidates > 1 and data is None and evaluate is None):
@@ -348,8 +372,6 @@ def _check_candidates(candidates: Any, evaluate: Any, data: Any) -> None:
 
 
 def _check_reconstruct(reconstruct: Any, data: Any) -> None:
-    if not isinstance(reconstruct, bool):
-        raise InputError(f"reconstruct is {reconstruct!r}: pass True or False")
     if reconstruct and (data is None or isinstance(data, Iterator)):
         what = "no data" if data is None else "an iterator, which is used up after one look"
         raise InputError(

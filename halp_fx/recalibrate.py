@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from halp_fx.errors import InputError
-from halp_fx.minibatches import device_of, inputs_of
+from halp_fx.errors import HalpError, InputError
+from halp_fx.minibatches import device_of, float_tensors, inputs_of
 
 __all__ = ["recalibrate"]
 
@@ -33,8 +33,13 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
         How many batches were used.
 
     Raises:
-        InputError: `data` has no batches.
+        InputError: `data` has no batches, or one that is not finite or that the network can't be
+            run on. The network is as it was then.
     """
+    if isinstance(data, torch.Tensor) or not isinstance(data, Iterable):
+        raise InputError(
+            f"data is a {type(data).__name__}: pass a list of minibatches, or a loader"
+        )
     norms = [
         m
         for m in network.modules()
@@ -62,7 +67,7 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
             for batch in data:
                 if batches is not None and used >= batches:
                     break
-                network(*inputs_of(batch, device))
+                _run(network, inputs_of(batch, device), used)
                 used += 1
         if used == 0:
             raise InputError("data has no batches: pass at least one (inputs, target)")
@@ -78,6 +83,21 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
         for module, training in modes.items():
             module.training = training
     return used
+
+
+def _run(network: nn.Module, inputs: tuple[Any, ...], number: int) -> None:
+    if not all(bool(t.isfinite().all()) for t in float_tensors(inputs)):
+        raise InputError(f"minibatch {number} of data has inputs that are NaN or infinite")
+    try:
+        network(*inputs)
+    except HalpError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        first = str(error).partition("\n")[0]
+        raise InputError(
+            f"minibatch {number} of data can't be run on the network: "
+            f"{type(error).__name__}: {first}"
+        ) from error
 
 
 def _statistics_of_functions(network: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -61,7 +61,7 @@ def widths(
     At least `min_share` of them, and as many as `min_width` channels take; a group of a branch
     that is `droppable` whole may also keep none.
 
-    Multiples of a power of two that grows with the group (8 from 64 units on), so that back-ends
+    Multiples of a power of two that grows with the group (8 from 32 units on), so that back-ends
     which compute channels in blocks find full ones, and the least width; with a `step` of units
     above 1, found by measuring, multiples of that; with `round_to` instead only such that the
     channels are a multiple of it.

@@ -7,6 +7,7 @@ the keys of `state_dict()`, are the model's; the model itself is not changed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, cast
@@ -15,9 +16,14 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from halp_fx.errors import InputError, TraceError
-from halp_fx.passes.rules.agreement import difference
+from halp_fx.errors import InputError, TraceError, warn_caller
+from halp_fx.passes.rules.agreement import (
+    difference,
+    difference_in_batch,
+    difference_in_size,
+)
 from halp_fx.passes.rules.core import OnMeta, tensors_in
+from halp_fx.passes.rules.source import source_of
 from halp_fx.passes.rules.structure import (
     detached_copy,
     empty_like,
@@ -52,51 +58,139 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Traced:
     name = type(model).__name__
     if any(is_lazy(p) for p in [*root.parameters(), *root.buffers()]):
         raise InputError(f"{name} has lazy parameters: run it once on an example first")
-    graph, opaque = _trace_graph(root, inputs, name)
-    graph._tracer_cls = None  # ours can't be made again by unpickling
-    constants = {k: v for k, v in vars(root).items() if k.startswith("_tensor_constant")}
-    root = structural_copy(model).eval()  # one that no `forward` has left proxies on
-    for constant, value in constants.items():
-        setattr(root, constant, value)
-    _link_training_flags(graph, model, inputs, opaque)
-    module = fx.GraphModule(root, graph, class_name=name)
-    for path, own in module.named_modules():
-        own.training = False
-        if path in opaque:
-            own.eval()
-    values = _record(root, module, inputs, name)
-    differs = difference(root, module, inputs)
+    found = _Attempt(model, root, inputs, name)
+    differs = found.difference()
+    if differs is not None and found.decisions:
+        found = _Attempt(model, root, inputs, name, strict=True)
+        differs = found.difference()
     if differs is not None:
         raise TraceError(
             f"the graph traced of {name} is not the network: {differs}. Its forward decides by "
             "something that tracing can't see; prune the part that can be traced, with "
             "halp_fx.compile_core"
         )
+    found.tell_limits()
     return Traced(
-        module=module,
+        module=found.module,
         example_inputs=inputs,
         training={path: part.training for path, part in model.named_modules()},
-        root=root,
-        opaque=opaque,
-        values=values,
+        root=found.root,
+        opaque=found.opaque,
+        values=found.values,
         model_name=name,
     )
 
 
+_ADVICE = {
+    "torch.no_grad()": "gradients will flow there; set requires_grad of parameters that are to "
+    "stay to False",
+    "torch.autocast()": "run the whole of it under autocast instead",
+}
+
+
+class _Attempt:
+    """A model as a graph, which has run on the example."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        copied: nn.Module,
+        inputs: tuple[Any, ...],
+        name: str,
+        *,
+        strict: bool = False,
+    ) -> None:
+        tracer, graph, self.opaque = _trace_graph(copied, inputs, name, strict)
+        self.decisions, self.contexts = tracer.decisions, tracer.contexts
+        graph._tracer_cls = None  # ours can't be made again by unpickling
+        constants = {k: v for k, v in vars(copied).items() if k.startswith("_tensor_constant")}
+        self.root = structural_copy(model).eval()  # one that no `forward` has left proxies on
+        for constant, value in constants.items():
+            setattr(self.root, constant, value)
+        self.other_in_training = _link_training_flags(graph, model, inputs, self.opaque)
+        self.module = fx.GraphModule(self.root, graph, class_name=name)
+        for path, own in self.module.named_modules():
+            own.training = False
+            if path in self.opaque:
+                own.eval()
+        self.values = _record(self.root, self.module, inputs, name)
+        self.inputs, self.name = inputs, name
+
+    def difference(self) -> str | None:
+        """What the graph gives that the model does not, or None."""
+        differs = difference(self.root, self.module, self.inputs)
+        if differs is not None or not self.decisions:
+            return differs
+        found = difference_in_batch(self.root, self.module, self.inputs)
+        if found is None:
+            return None
+        count, differs = found
+        return f"{differs}, with {count} image{'s' if count > 1 else ''} at a time"
+
+    def tell_limits(self) -> None:
+        """Warn of what the graph does not hold."""
+        if self.other_in_training is not None:
+            warn_caller(
+                f"halp_fx: {self.name} does more or other things in train mode than in eval mode, "
+                f"{self.other_in_training}; the pruned network does in both what the dense one "
+                "does in eval mode"
+            )
+        for context, nodes in self.contexts.items():
+            learnt = [node for node in nodes if self._is_learnt(node)]
+            if learnt:
+                warn_caller(
+                    f"halp_fx: forward of {self.name} has a part under {context}"
+                    f"{_at(learnt[0])}, which the pruned network does not keep: {_ADVICE[context]}"
+                )
+        if self.decisions:
+            in_size = difference_in_size(self.root, self.module, self.inputs)
+            if in_size is not None:
+                size, differs = in_size
+                warn_caller(
+                    f"halp_fx: forward of {self.name} decides by the size of the images"
+                    f"{_at(self.decisions[0])}, and the pruned network is one for the size of the "
+                    f"example alone: at {'x'.join(map(str, size))} {differs}. Pass an example of "
+                    "the size that you will use"
+                )
+
+    def _is_learnt(self, node: fx.Node) -> bool:
+        """Whether parameters have a part in what a node gives."""
+        seen, stack = {node}, [node]
+        while stack:
+            one = stack.pop()
+            if one.op == "call_module":
+                if next(self.root.get_submodule(str(one.target)).parameters(), None) is not None:
+                    return True
+            elif one.op == "get_attr":
+                path, _, leaf = str(one.target).rpartition(".")
+                if leaf in self.root.get_submodule(path)._parameters:
+                    return True
+            fresh = [before for before in one.all_input_nodes if before not in seen]
+            seen.update(fresh)
+            stack += fresh
+        return False
+
+
+def _at(node: fx.Node) -> str:
+    source = source_of(node)
+    return f" ({source})" if source else ""
+
+
 def _trace_graph(
-    root: nn.Module, inputs: tuple[Any, ...], name: str
-) -> tuple[fx.Graph, dict[str, str]]:
+    root: nn.Module, inputs: tuple[Any, ...], name: str, strict: bool
+) -> tuple[Tracer, fx.Graph, dict[str, str]]:
     """Trace, going into every function; where that fails, with functions and modules kept whole."""
+    tracer = Tracer(inputs, {}, strict=strict)
     with opened_functions():
         try:
-            return Tracer(inputs, {}).trace(root), {}
+            return tracer, tracer.trace(root), {}
         except Exception:  # noqa: BLE001  the next way tells what can't be traced
             pass
     opaque: dict[str, str] = {}
     while True:
-        tracer = Tracer(inputs, opaque)
+        tracer = Tracer(inputs, opaque, strict=strict)
         try:
-            return tracer.trace(root), opaque
+            return tracer, tracer.trace(root), opaque
         except Exception as error:
             if tracer.broken is None:
                 raise TraceError(
@@ -114,43 +208,71 @@ def _first_line(error: BaseException) -> str:
 
 def _link_training_flags(
     graph: fx.Graph, model: nn.Module, inputs: tuple[Any, ...], opaque: Mapping[str, str]
-) -> None:
+) -> str | None:
     """Constants that are False in eval and True in train mode read `training` when they run.
 
     Tracing freezes `F.dropout(x, training=self.training)`; a second graph, traced in train mode,
     shows which constants those are. The count of batches of a batch norm, which is there in train
-    mode only, is left out. Where the two graphs differ in more, nothing is linked.
+    mode only, is left out.
+
+    Returns:
+        Where the two graphs differ in more, and nothing is linked; None where they don't, or where
+        there is no second one.
     """
     twin = structural_copy(model).train()
     try:
         with nullcontext() if opaque else opened_functions():
             other = Tracer(inputs, opaque).trace(twin)
     except Exception:  # noqa: BLE001  whatever it is, the graph traced in eval mode stands
-        return
-    others = _without_counts(other)
-    pairs = list(zip(graph.nodes, others, strict=False))
-    twins = {b: a for a, b in pairs}
-    if len(graph.nodes) != len(others) or any(
-        a.op != b.op
-        or str(a.target) != str(b.target)
-        or not all(used in twins for used in b.all_input_nodes)
-        for a, b in pairs
-    ):
-        return
-    # Both in nodes of the one graph: names may differ where the other has more.
+        return None
+    others = _live(_without_counts(other))
+    nodes = _live(list(graph.nodes))
+    read = {str(node.target): node for node in graph.nodes if node.op == "get_attr"}
+    twins: dict[fx.Node, fx.Node] = {}
     given: list[tuple[fx.Node, Any, Any]] = []
-    for a, b in pairs:
-        args, kwargs = (fx.node.map_arg(x, twins.__getitem__) for x in (b.args, b.kwargs))
+
+    def own(used: fx.Node) -> fx.Node:
+        """Which node of the one graph it is; of those that read one tensor, always the same."""
+        return read[str(used.target)] if used.op == "get_attr" else twins.get(used, used)
+
+    for a, b in itertools.zip_longest(_acting(nodes), _acting(others)):
+        if (
+            a is None
+            or b is None
+            or a.op != b.op
+            or str(a.target) != str(b.target)
+            or not all(
+                used in twins or (used.op == "get_attr" and str(used.target) in read)
+                for used in b.all_input_nodes
+            )
+        ):
+            return _where(a, b)
+        args, kwargs = (fx.node.map_arg(x, own) for x in (b.args, b.kwargs))
         given.append((a, args, kwargs))
-    flags = [(a, x, y) for a, x, y in given if (str(a.args), str(a.kwargs)) != (str(x), str(y))]
-    if not flags or not all(_flag_only(*one) for one in flags):
-        return
+        twins[b] = a
+    flags = []
+    for a, args, kwargs in given:
+        mine, named = (fx.node.map_arg(x, own) for x in (a.args, a.kwargs))
+        if (str(mine), str(named)) != (str(args), str(kwargs)):
+            if not _flag_only(mine, named, args, kwargs):
+                return _where(a, None)
+            flags.append((a, args, kwargs))
+    if not flags:
+        return None
     first = next(n for n in graph.nodes if n.op != "placeholder")
     with graph.inserting_before(first):
         training = graph.create_node("get_attr", "training")
     for a, args, kwargs in flags:
         a.args = tuple(_linked(x, y, training) for x, y in zip(a.args, args, strict=True))
         a.kwargs = {k: _linked(v, kwargs[k], training) for k, v in a.kwargs.items()}
+    return None
+
+
+def _where(a: fx.Node | None, b: fx.Node | None) -> str:
+    """Where two graphs differ first, for people."""
+    node = b if b is not None and b.op != "output" else a
+    assert node is not None
+    return f"first at {node.name}{_at(node)}"
 
 
 def _without_counts(graph: fx.Graph) -> list[fx.Node]:
@@ -175,11 +297,31 @@ def _without_counts(graph: fx.Graph) -> list[fx.Node]:
     return found
 
 
-def _flag_only(a: fx.Node, args: Any, kwargs: Any) -> bool:
-    if len(a.args) != len(args) or a.kwargs.keys() != kwargs.keys():
+def _live(nodes: list[fx.Node]) -> list[fx.Node]:
+    """Those that something comes of: an output, or a change in place."""
+    live: set[fx.Node] = set()
+    for node in reversed(nodes):
+        name = getattr(node.target, "__name__", str(node.target))
+        in_place = name.endswith("_") or name in ("setitem", *_IN_PLACE)
+        acts = node.op in ("placeholder", "output", "call_module") or node.target is torch._assert
+        if acts or in_place or any(user in live for user in node.users):
+            live.add(node)
+    return [node for node in nodes if node in live]
+
+
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
+
+
+def _flag_only(args: Any, kwargs: Any, others: Any, other_kwargs: Any) -> bool:
+    if len(args) != len(others) or kwargs.keys() != other_kwargs.keys():
         return False
-    pairs = [*zip(a.args, args, strict=True), *((v, kwargs[k]) for k, v in a.kwargs.items())]
+    pairs = [*zip(args, others, strict=True), *((v, other_kwargs[k]) for k, v in kwargs.items())]
     return all(str(x) == str(y) or (x is False and y is True) for x, y in pairs)
+
+
+def _acting(nodes: list[fx.Node]) -> list[fx.Node]:
+    """Those that do more than read a tensor."""
+    return [node for node in nodes if node.op != "get_attr"]
 
 
 def _linked(eval_value: Any, train_value: Any, training: fx.Node) -> Any:

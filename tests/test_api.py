@@ -217,6 +217,25 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         IndexError,
         "out of bounds",
     ),
+    "loss without data": ({"loss": cross_entropy}, InputError, "there is none: pass data"),
+    "loss by name": (
+        {"data": batches(), "loss": "ce"},
+        InputError,
+        "loss must be a callable, not str",
+    ),
+    "the class of a loss": (
+        {"data": batches(), "loss": nn.CrossEntropyLoss},
+        InputError,
+        r"loss is the class CrossEntropyLoss: pass an instance, CrossEntropyLoss\(\)",
+    ),
+    "progress that can't be called": (
+        {"progress": 3},
+        InputError,
+        "progress must be a callable, not int",
+    ),
+    "a flag in words": ({"drop_blocks": "no"}, InputError, "drop_blocks is 'no': pass True or"),
+    "a flag that is a number": ({"exact": 1}, InputError, "exact is 1: pass True or False"),
+    "nothing to verify": ({"verify": None}, InputError, "verify is None: pass True or False"),
     "no batches": (
         {"data": [], "loss": cross_entropy},
         InputError,
@@ -269,6 +288,12 @@ def test_what_is_refused(case: str) -> None:
     arguments = {"budget": 0.5, "example_inputs": image(), "latency": "analytic", **options}
     with untouched(model), pytest.raises(error, match=f"(?s){message}"):
         halp_fx.compile(model, **arguments)
+
+
+@pytest.mark.parametrize("budgets", [0.5, "4ms", halp_fx.Budget(share=0.5), None])
+def test_a_sweep_needs_several_budgets(budgets: Any) -> None:
+    with pytest.raises(InputError, match=r"budgets is .*: pass several, as \[0.7, 0.5\]"):
+        halp_fx.sweep(make_net(), budgets, image(), latency="analytic")
 
 
 def test_an_error_tells_stage_and_model() -> None:

@@ -311,9 +311,18 @@ def test_recalibrated_statistics_are_those_of_the_data() -> None:
             assert torch.equal(value, before[key])
 
 
-def test_recalibrating_on_nothing_changes_nothing() -> None:
+def test_recalibrating_on_what_is_no_data_changes_nothing() -> None:
     model, _ = network()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(InputError, match="no batches"):
-        halp_fx.recalibrate(model, [])
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    (x, _), (other, _) = batches(2)
+    wrong: list[tuple[Any, str]] = [
+        ([], "no batches"),
+        (x, "data is a Tensor: pass a list of minibatches"),
+        (3, "data is a int: pass a list of minibatches"),
+        ([x, torch.full_like(other, torch.nan)], "minibatch 1 of data has inputs that are NaN"),
+        ([x, other[:, :1]], "minibatch 1 of data can't be run on the network: RuntimeError"),
+    ]
+    for data, message in wrong:
+        with pytest.raises(InputError, match=message):
+            halp_fx.recalibrate(model, data)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -439,8 +439,8 @@ def test_more_minibatches_than_usual_are_used() -> None:
     keep = first.register_forward_hook(lambda module, inputs, output: read.append(len(output)))
     halp_fx.reconstruct(pruned, model, many, minibatches=36)
     keep.remove()
-    # To see what it needs, with the others, and in the end: twice, and once to recalibrate.
-    assert len(read) == 1 + 4 * 36
+    # To see what it needs, with the others, in the end to recalibrate, and twice to check, on 9.
+    assert len(read) == 1 + 2 * 36 + 2 * 9
 
 
 def test_single_samples_whose_norm_reads_one_value() -> None:
@@ -578,6 +578,8 @@ def test_what_is_refused() -> None:
     nan[0, 0, 0, 0] = torch.nan
     with pytest.raises(InputError, match="minibatch 1 of data has inputs that are NaN"):
         halp_fx.reconstruct(pruned, model, [data[0], nan])
+    with pytest.raises(InputError, match="minibatch 2 of data is empty"):
+        halp_fx.reconstruct(pruned, model, [*data[:2], data[0][:0]])
     with pytest.raises(InputError, match="a minibatch that stem of the network can't be run on"):
         halp_fx.reconstruct(pruned, model, [data[0], torch.rand(2, 4, 10, 10)])
     with pytest.raises(InputError, match=r"two.weight of shape \(12, 6, 1, 1\), from which \(12,"):
@@ -598,3 +600,18 @@ def test_what_is_refused() -> None:
             halp_fx.compile(model, 0.5, x, latency="analytic", reconstruct=True, **given_)
     with pytest.raises(InputError, match="reconstruct is 'yes'"):
         halp_fx.compile(model, 0.5, x, data=data, reconstruct="yes")  # type: ignore[arg-type]
+
+
+def test_a_small_last_minibatch_does_no_harm() -> None:
+    """It is too small to check by: with it and without, the networks are fitted alike."""
+    model, data = stream()
+    x = data[0][:1]
+    units = {"two": range(12)}
+    whole, tailed = planned(model, x, units), planned(model, x, units)
+    batches = [*data, *data][:3]
+    halp_fx.reconstruct(whole, model, batches)
+    # What would mislead a check: nothing but zeros.
+    fits = halp_fx.reconstruct(tailed, model, [*batches, torch.zeros_like(data[0][:1])])
+    assert fits
+    held_out = torch.cat(data)
+    assert far(tailed, model, held_out) < 1.2 * far(whole, model, held_out)

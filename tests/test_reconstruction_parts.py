@@ -180,25 +180,28 @@ def test_fits_that_fail_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("samples", "count", "held"),
+    ("sizes", "held"),
     [
-        (8, 1, [[6, 7]]),
-        (3, 2, [[2], [2]]),
-        (8, 3, [[6, 7]] * 3),
-        (1, 2, [[], [0]]),
-        (2, 6, [[], [], [], [0, 1], [], []]),
+        ([8], [[6, 7]]),
+        ([3, 3], [[2], [2]]),
+        ([8] * 3, [[6, 7]] * 3),
+        ([1, 1], [[], [0]]),
+        ([2] * 6, [[], [], [], [0, 1], [], []]),
+        # The last of an epoch is too small to check by.
+        ([8, 8, 8, 1], [[6, 7], [6, 7], [6, 7], []]),
+        ([8, 1], [[6, 7], []]),
+        ([2, 1, 2, 2, 2], [[], [], [], [0, 1], []]),
+        ([4, 1, 4, 4, 4], [[], [], [], [], [0, 1, 2, 3]]),
     ],
 )
-def test_samples_that_are_kept_for_checking(
-    samples: int, count: int, held: list[list[int]]
-) -> None:
-    rows = torch.arange(samples).repeat_interleave(3)
-    found = [rows[held_rows(rows, samples, i, count)] for i in range(count)]
+def test_samples_that_are_kept_for_checking(sizes: list[int], held: list[list[int]]) -> None:
+    rows = [torch.arange(size).repeat_interleave(3) for size in sizes]
+    found = [own[held_rows(own, sizes, i)] for i, own in enumerate(rows)]
     assert [part.unique().tolist() for part in found] == held
 
 
 def test_of_a_single_sample_some_positions_are_kept() -> None:
-    assert held_rows(torch.zeros(8), 1, 0, 1).tolist() == [True] * 2 + [False] * 6
+    assert held_rows(torch.zeros(8), [1], 0).tolist() == [True] * 2 + [False] * 6
 
 
 def test_nothing_is_learnt_from_zeros() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -399,3 +400,26 @@ def test_dead_groups_are_refused_small_ones_are_not() -> None:
 def test_what_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         score(groups_of(TwoLayers()), **options)
+
+
+@dataclasses.dataclass
+class Scored:
+    scores: Tensor
+    name: str = "scored"
+
+
+def test_outputs_in_a_dataclass_count() -> None:
+    class Wrapped(TwoLayers):
+        def forward(self, x: Tensor) -> Any:
+            return Scored(super().forward(x))
+
+    model = make()
+    twin = Wrapped().double().eval()
+    twin.load_state_dict(model.state_dict())
+    data = [x for x, _ in batches(2)]
+    found = [score(groups_of(net.float(), 3, 6, 6), None) for net in (model, twin)]
+    assert all(np.array_equal(a, b) for a, b in zip(found[0].scores, found[1].scores, strict=True))
+    by_data = [score(groups_of(net.float()), [x.float() for x in data]) for net in (model, twin)]
+    assert by_data[0].method == "output"
+    for a, b in zip(by_data[0].scores, by_data[1].scores, strict=True):
+        np.testing.assert_allclose(a, b)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from halp_fx.errors import RecipeError
+from halp_fx.errors import RecipeError, warn_caller
+from halp_fx.idle import acts_in_training_only
 from halp_fx.recipe.graphs import decode_graph, encode_graph
 from halp_fx.recipe.names import class_name, is_identifier, resolve_class
 from halp_fx.recipe.tensors import TensorReader, TensorWriter
@@ -111,6 +112,13 @@ class TreeWriter:
             except RecipeError:
                 if called:
                     raise
+        elif called and acts_in_training_only(module):
+            warn_caller(
+                f"halp_fx: {_label(path)} is of class {type(module).__name__}, which does "
+                "something in train mode alone; a recipe holds no code, so the network that is "
+                "loaded does without it. To train on, keep state_dict() and your own code"
+            )
+            return {"kind": "class", "class": class_name(nn.Identity), "attributes": []}
         elif called and type(module) is not nn.Module:
             cls = type(module)
             raise RecipeError(

@@ -19,19 +19,24 @@ _CHECKED = 4  # one sample in so many is kept for checking
 State = dict[int, tuple[torch.Tensor, torch.Tensor]]  # tensors by id, and what was in them
 
 
-def held_rows(rows: torch.Tensor, samples: int, number: int, count: int) -> torch.Tensor:
+def held_rows(rows: torch.Tensor, sizes: Sequence[int], number: int) -> torch.Tensor:
     """Which rows are kept for checking: whole minibatches, or samples where those are few.
+
+    Minibatches of less than half the size of the largest, as the last of an epoch may be, say too
+    little to check by.
 
     Args:
         rows: the sample of each row.
-        samples: of the minibatch.
-        number: of the minibatch, of so many.
+        sizes: samples of each minibatch.
+        number: of the minibatch.
     """
+    large = [i for i, size in enumerate(sizes) if 2 * size >= max(sizes)]
     # Positions of one sample are too much alike to check what was learnt from others of it.
-    if samples > 1 and count < _CHECKED:
-        return rows >= samples - max(samples // _CHECKED, 1)
-    if count > 1:
-        held = number % _CHECKED == min(count, _CHECKED) - 1
+    if len(large) < _CHECKED and max(sizes) > 1:
+        kept = max(sizes[number] // _CHECKED, 1) if number in large else 0
+        return rows >= sizes[number] - kept
+    if len(sizes) > 1:
+        held = number in (large[_CHECKED - 1 :: _CHECKED] or large[-1:])
         return torch.full_like(rows, held, dtype=torch.bool)
     positions = torch.arange(len(rows), device=rows.device)
     return positions < len(positions) // _CHECKED
@@ -82,12 +87,15 @@ def _distance(
     Of the samples kept for checking, and where both are finite; None where nothing is.
     """
     off = size = 0.0
-    for i, inputs in enumerate(batches):
-        first = next((t for t in inputs if isinstance(t, torch.Tensor) and t.ndim), None)
-        samples = 0 if first is None else len(first)
+    firsts = [
+        next((t for t in inputs if isinstance(t, torch.Tensor) and t.ndim), None)
+        for inputs in batches
+    ]
+    sizes = [0 if first is None else len(first) for first in firsts]
+    for i, (inputs, samples) in enumerate(zip(batches, sizes, strict=True)):
         held = torch.ones(samples, dtype=torch.bool)
         if samples > 1 or len(batches) > 1:
-            held = held_rows(torch.arange(samples), samples, i, len(batches))
+            held = held_rows(torch.arange(samples), sizes, i)
         if samples and not bool(held.any()):
             continue
         theirs = float_tensors(dense.forward(*inputs_of((inputs, None), device_of(dense))))

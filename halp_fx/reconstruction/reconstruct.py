@@ -60,6 +60,8 @@ def refit(
     for i, inputs in enumerate(batches):
         if not all(bool(t.isfinite().all()) for t in float_tensors(inputs)):
             raise InputError(f"minibatch {i} of data has inputs that are NaN or infinite")
+        if any(t.numel() == 0 for t in float_tensors(inputs)):
+            raise InputError(f"minibatch {i} of data is empty")
     # Shares the parameters, not the modes; buffers are its own, for what is stateful in eval mode.
     reference = substitute_copy(dense, {id(p): p for p in dense.parameters()}).eval()
     modes = {module: module.training for module in network.modules()}
@@ -292,11 +294,12 @@ class _Reconstruction:
         rows = min(max(_ROWS, _ROWS_EACH * size), _MOST_ROWS) if layer.map.groups == 1 else _ROWS
         each = -(-rows // len(inputs))
         used, checked = Moments(), Moments()
+        sizes = [len(x) for x in inputs]
         for i, (x, y) in enumerate(zip(inputs, aims, strict=True)):
             found = rows_of(layer, x, y, each, self.generator)
             if found is None:
                 return None
-            held = held_rows(found.samples, len(x), i, len(inputs))
+            held = held_rows(found.samples, sizes, i)
             for moments, part in ((used, found.where(~held)), (checked, found.where(held))):
                 moments.add(part.read, part.given)
         return used, checked

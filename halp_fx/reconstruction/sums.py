@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
+from halp_fx.idle import is_idle
 from halp_fx.reconstruction.norms import Norm, Tensors, main_input
 
 __all__ = ["Sum", "sum_after"]
 
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 # What does nothing in eval mode.
-_IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _IDLE_CALLS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
 _SHAPE_ATTRIBUTES = ("ndim", "shape", "dtype", "device")
 _SHAPE_METHODS = ("size", "dim", "numel")
@@ -96,7 +96,7 @@ def _reads_shape(node: fx.Node) -> bool:
 
 def _is_idle(node: fx.Node, tensors: Tensors) -> bool:
     if node.op == "call_module":
-        return isinstance(tensors.network.get_submodule(str(node.target)), _IDLE)
+        return is_idle(tensors.network.get_submodule(str(node.target)))
     return node.op == "call_function" and node.target in _IDLE_CALLS
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -10,7 +11,9 @@ from torch import nn
 from halp_fx.passes.rules.core import tensors_in
 from halp_fx.passes.rules.structure import detached_copy
 
-__all__ = ["difference"]
+__all__ = ["difference", "difference_in_batch", "difference_in_size"]
+
+_T = TypeVar("_T")
 
 _BATCH = 2  # images to compare on, where the example has more
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.3}
@@ -22,23 +25,129 @@ def difference(model: nn.Module, graph: nn.Module, inputs: tuple[Any, ...]) -> s
     Both run once in the mode they are in, on the same random numbers. None also where the model
     itself does not run on the inputs, or gives no tensors that could be compared.
     """
+    for given in _candidates(inputs):
+        try:
+            return _difference(model, graph, given)
+        except _ModelFailsError:
+            continue
+        except _GraphFailsError as error:
+            if given is inputs:
+                return str(error)
+    return None
+
+
+def difference_in_batch(
+    model: nn.Module, graph: nn.Module, inputs: tuple[Any, ...]
+) -> tuple[int, str] | None:
+    """What differs where there are more or fewer images than in the example, and how many."""
+    return _first(model, graph, _other_batches(inputs))
+
+
+def difference_in_size(
+    model: nn.Module, graph: nn.Module, inputs: tuple[Any, ...]
+) -> tuple[tuple[int, ...], str] | None:
+    """What differs for images of another size, and which size."""
+    return _first(model, graph, _other_sizes(inputs))
+
+
+def _first(
+    model: nn.Module, graph: nn.Module, cases: Iterator[tuple[_T, tuple[Any, ...]]]
+) -> tuple[_T, str] | None:
+    for what, given in cases:
+        try:
+            differs = _difference(model, graph, given, counted=True)
+        except _ModelFailsError:
+            continue
+        except _GraphFailsError as error:
+            differs = str(error)
+        if differs is not None:
+            return what, differs
+    return None
+
+
+class _ModelFailsError(Exception):
+    """The model does not take these inputs."""
+
+
+class _GraphFailsError(Exception):
+    """The graph does not run where the model does."""
+
+
+def _difference(
+    model: nn.Module, graph: nn.Module, inputs: tuple[Any, ...], *, counted: bool = False
+) -> str | None:
+    """What differs on these inputs.
+
+    Args:
+        counted: whether there must be as many outputs.
+
+    Raises:
+        _ModelFailsError, _GraphFailsError: one of them does not run on the inputs.
+    """
     devices = sorted({t.device.index or 0 for t in tensors_in(inputs) if t.device.type == "cuda"})
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         return None
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        for given in _candidates(inputs):
-            try:
-                expected = _run(model, given)
-            except Exception:  # noqa: BLE001, S112  it decides which batch it takes
-                continue
-            try:
-                found = _run(graph, given)
-            except Exception as error:  # noqa: BLE001  whatever its operators raise
-                if given is inputs:
-                    return f"it fails where the network runs ({type(error).__name__}: {error})"
-                continue
-            return _compare(expected, list(tensors_in(found)))
-    return None
+        try:
+            expected = list(tensors_in(_run(model, inputs)))
+        except Exception as error:
+            raise _ModelFailsError from error
+        try:
+            found = list(tensors_in(_run(graph, inputs)))
+        except Exception as error:
+            first = str(error).strip().partition("\n")[0]
+            text = f"it fails where the network runs ({type(error).__name__}: {first})"
+            raise _GraphFailsError(text) from error
+    if counted and len(expected) != len(found):
+        return f"it gives {len(found)} outputs, not {len(expected)}"
+    return _compare(expected, found)
+
+
+def _other_batches(inputs: tuple[Any, ...]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """One image, two, three, as far as the example has another number."""
+    sizes = {x.shape[0] if isinstance(x, torch.Tensor) and x.ndim else 0 for x in inputs}
+    count = sizes.pop() if len(sizes) == 1 else 0
+    for wanted in (1, 2, 3) if count else ():
+        if wanted != count:
+            index = torch.arange(wanted) % count
+            rows = [x.index_select(0, index.to(x.device)) for x in inputs]
+            # Images that are all the same would hide what runs over the batch.
+            for i in range(count, wanted):
+                for x in rows:
+                    if x.ndim > 1:
+                        x[i] = x[i].roll(i, -1)
+            yield wanted, tuple(rows)
+
+
+def _other_sizes(inputs: tuple[Any, ...]) -> Iterator[tuple[tuple[int, ...], tuple[Any, ...]]]:
+    """A few images that are a little larger, and larger by a round number of pixels."""
+    images = [x for x in inputs if isinstance(x, torch.Tensor) and x.ndim > 3]
+    if not images:
+        return
+    size = tuple(images[0].shape[2:])
+    for wanted in (
+        tuple(n + n // 8 + 1 + i for i, n in enumerate(size)),
+        tuple(n + 32 * (i + 1) for i, n in enumerate(size)),
+    ):
+        yield (
+            wanted,
+            tuple(
+                _resized(x[:_BATCH], wanted)
+                if isinstance(x, torch.Tensor) and x.ndim > 3 and x.shape[2:] == size
+                else x[:_BATCH]
+                if isinstance(x, torch.Tensor) and x.ndim
+                else x
+                for x in inputs
+            ),
+        )
+
+
+def _resized(image: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """Tiles of an image."""
+    for dim, wanted in enumerate(size, start=2):
+        index = torch.arange(wanted, device=image.device) % image.shape[dim]
+        image = image.index_select(dim, index)
+    return image
 
 
 def _run(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -56,13 +165,14 @@ def _candidates(inputs: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     return [tuple(value[:_BATCH] for value in inputs), *whole]
 
 
-def _compare(expected: Any, found: list[torch.Tensor]) -> str | None:
-    wanted = list(tensors_in(expected))
+def _compare(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> str | None:
     if not wanted or len(wanted) != len(found):  # an output of a class of its own: not compared
         return None
     for k, (one, other) in enumerate(zip(wanted, found, strict=True)):
         if one.shape != other.shape:
             return f"output {k} has the shape {tuple(other.shape)}, not {tuple(one.shape)}"
+        if one.dtype != other.dtype:
+            return f"output {k} is {other.dtype}, not {one.dtype}"
         if not one.is_floating_point() or one.numel() == 0:
             continue
         scale = max(float(one.abs().nan_to_num(0.0, 0.0, 0.0).max()), 1e-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import functools
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,10 +24,10 @@ class ValueProxy(fx.Proxy):
         # tell torch whether a tensor is a parameter.
         if k.startswith(("__", "_is_")):
             raise AttributeError(k)
-        return super().__getattr__(k)
+        return ValueAttribute(self, k)
 
     def __len__(self) -> int:
-        return len(self.tracer.known(self.node))
+        return int(self.tracer.decided(self.node, len))
 
     def __index__(self) -> int:
         return int(self.tracer.same_in_any_batch(self.node, int))
@@ -43,11 +42,32 @@ class ValueProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, item, value), {})
 
 
+class ValueAttribute(fx.proxy.Attribute, ValueProxy):
+    """`x.shape` and the like: a value too."""
+
+
 @contextmanager
 def proxies_as_values() -> Iterator[None]:
     """While this lasts, Python code may treat proxies as what they stand for."""
-    with _numbers_as_tensors(), _packed_sizes(), _proxies_as_tensors():
+    with _numbers_as_tensors(), _packed_sizes(), _proxies_as_tensors(), _lengths_as_sizes():
         yield
+
+
+@contextmanager
+def _lengths_as_sizes() -> Iterator[None]:
+    """`len(x)` of a tensor is its size in the graph, where that depends on the batch."""
+    plain = builtins.len
+
+    def length(value: Any, /) -> Any:
+        if isinstance(value, ValueProxy) and value.tracer.grows_with_batch(value.node):
+            return value.size(0)
+        return plain(value)
+
+    builtins.len = length
+    try:
+        yield
+    finally:
+        builtins.len = plain
 
 
 @contextmanager
@@ -61,7 +81,7 @@ def _proxies_as_tensors() -> Iterator[None]:
     def typed(value: Any, kinds: Any, /) -> bool:
         if plain(value, kinds):
             return True
-        if type(value) is not ValueProxy:
+        if not plain(value, ValueProxy):
             return False
         named = kinds if plain(kinds, tuple) else getattr(kinds, "__args__", (kinds,))
         return torch.Tensor in named and value.tracer.is_tensor(value.node)
@@ -80,18 +100,24 @@ def _packed_sizes() -> Iterator[None]:
     plain = {name: getattr(torch, name) for name in factories}
     expand = torch.Tensor.expand
 
-    def packing(function: Callable[..., Any], first: int) -> Callable[..., Any]:
-        @functools.wraps(function)  # torch.fx reads the name of a method
+    def packing(function: Callable[..., Any]) -> Callable[..., Any]:
         def packed(*args: Any, **kwargs: Any) -> Any:
-            if any(map(_is_number, args[first:])):
-                args = (*args[:first], tuple(args[first:]))
+            if any(map(_is_number, args)):
+                args = (tuple(args),)
             return function(*args, **kwargs)
 
         return packed
 
+    def expanded(tensor: torch.Tensor, *sizes: Any) -> Any:
+        given = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+        proxy = next((size for size in given if isinstance(size, ValueProxy)), None)
+        if proxy is None:
+            return expand(tensor, *sizes)
+        return proxy.tracer.create_proxy("call_method", "expand", (tensor, *given), {})
+
     for name, function in plain.items():
-        setattr(torch, name, packing(function, 0))
-    torch.Tensor.expand = packing(expand, 1)  # type: ignore[method-assign]
+        setattr(torch, name, packing(function))
+    torch.Tensor.expand = expanded  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -349,12 +349,15 @@ def _convolution_groups(
 ) -> None:
     place: int = _CONVOLUTIONS[node.target]  # type: ignore[index]
     positional = len(node.args) > place
-    groups = shrunk.dense(node.args[place] if positional else node.kwargs.get("groups", 1))
+    given = node.args[place] if positional else node.kwargs.get("groups", 1)
+    groups = shrunk.dense(given)
     source = _source(node, shrunk)
     if source is None or groups == 1:
         return
     channel = 1 if len(source.shape) == args[1].ndim else 0
     new = shrunk.shape(source)[channel] // (source.shape[channel] // groups)
+    if new == groups and isinstance(given, fx.Node):
+        return  # it may be the batch, which is not the example's everywhere
     if positional:
         node.args = (*node.args[:place], new, *node.args[place + 1 :])
     else:

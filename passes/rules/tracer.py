@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from halp_fx.idle import acts_in_training_only
 from halp_fx.passes.rules.attention import expand_attention
 from halp_fx.passes.rules.core import OnMeta
 from halp_fx.passes.rules.leaves import module_rule
 from halp_fx.passes.rules.proxies import ValueProxy, proxies_as_values
+from halp_fx.passes.rules.source import source_of
 from halp_fx.passes.rules.structure import (
     empty_like,
     named_tensors,
@@ -55,18 +57,27 @@ class Tracer(fx.Tracer):
         inputs: the example; what Python code asks of shapes is answered by running the graph so
             far on tensors without data.
         opaque: modules to keep whole.
+        strict: whether Python code that decides by the batch is an error.
 
-    After an exception `broken` names the innermost module in which it arose.
+    After an exception `broken` names the innermost module in which it arose. Afterwards `decisions`
+    are the nodes whose values Python code went by, and `contexts` what ran in which `with` block.
     """
 
-    def __init__(self, inputs: tuple[Any, ...], opaque: Mapping[str, str]) -> None:
+    def __init__(
+        self, inputs: tuple[Any, ...], opaque: Mapping[str, str], *, strict: bool = False
+    ) -> None:
         super().__init__()
+        self.strict = strict
+        self.decisions: list[fx.Node] = []
+        self.contexts: dict[str, list[fx.Node]] = {}
+        self._modes = _modes()
         self.proxy_buffer_attributes = True  # a buffer may hold one value a channel
         self.record_stack_traces = True
         self.inputs = inputs
         self.opaque = opaque
         self.broken: tuple[str, Exception] | None = None
         self._evaluating = False
+        self._idle: dict[nn.Module, bool] = {}
         self._batches: list[_Evaluation] = []
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
@@ -77,12 +88,27 @@ class Tracer(fx.Tracer):
         """Whether a module could not be traced, or has a rule of its own."""
         return path in self.opaque or module_rule(m) is not None
 
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, *args, **kwargs)
+        for name, mode in _modes().items():
+            if mode != self._modes[name] and kind.startswith("call"):
+                self.contexts.setdefault(name, []).append(node)
+        return node
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if self.stays_whole(m, module_qualified_name):
             return True
         if isinstance(m, _OPENED):
             return False
-        return super().is_leaf_module(m, module_qualified_name)
+        if super().is_leaf_module(m, module_qualified_name):
+            return True
+        if m not in self._idle:
+            self._evaluating = True
+            try:
+                self._idle[m] = acts_in_training_only(m)
+            finally:
+                self._evaluating = False
+        return self._idle[m]  # else it would leave no trace: stochastic depth, noise
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return ValueProxy(node, self)
@@ -136,29 +162,64 @@ class Tracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """What a condition on shapes is for the example."""
-        value = self.known(obj.node)
-        if isinstance(value, torch.Tensor):
+        if isinstance(self.known(obj.node), torch.Tensor):
             return super().to_bool(obj)
-        return bool(value)
+        return bool(self.decided(obj.node, bool))
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """The items of what the example shows to be a tuple."""
         value = self.known(obj.node)
-        if isinstance(value, torch.Tensor) and value.ndim > 0:
-            return iter([_item(obj, i) for i in range(value.shape[0])])
-        if isinstance(value, (tuple, list)):
-            return iter([_item(obj, i) for i in range(len(value))])
+        whole = isinstance(value, torch.Tensor) and value.ndim > 0
+        if whole or isinstance(value, (tuple, list)):
+            return iter([_item(obj, i) for i in range(self.decided(obj.node, len))])
         return super().iter(obj)
 
+    def decided(self, node: fx.Node, answer: Callable[[Any], Any]) -> Any:
+        """What Python code goes by: `answer` to what a node gives for the example.
+
+        Raises:
+            TraceError: it is another one for other batches, and the tracer is strict.
+        """
+        found = answer(self.known(node))
+        self.decisions.append(node)
+        if self.strict and any(found != answer(value) for value in self._elsewhere(node)):
+            source = source_of(node)
+            raise fx.proxy.TraceError(
+                f"Python code decides by {node.name}, which depends on the batch"
+                + (f" ({source})" if source else "")
+            )
+        return found
+
+    def grows_with_batch(self, node: fx.Node) -> bool:
+        """Whether a node gives a tensor whose first dim depends on the batch."""
+        value = self.known(node)
+        if not isinstance(value, torch.Tensor) or value.ndim == 0:
+            return False
+        sizes = {other.shape[0] for other in self._elsewhere(node)}
+        return not sizes <= {value.shape[0]}
+
+    def _elsewhere(self, node: fx.Node) -> Iterator[Any]:
+        """What a node gives for other batches, if the graph takes them."""
+        for batch in (1, 2):
+            try:
+                yield self.known(node, batch)
+            except fx.proxy.TraceError:
+                continue
+
     def known(self, node: fx.Node, batch: int = 0) -> Any:
-        """What a node gives for the example (`batch` 1: for one more image), without data."""
+        """What a node gives for the example, without data.
+
+        Args:
+            batch: 1 for one more image than the example has; 2 for one image alone, or three.
+        """
         if not self._batches:
             root = self.root
             tensors = {id(t): empty_like(t) for _, t in named_tensors(root)}
             meta = substitute_copy(root, tensors)
             self._batches = [
                 _Evaluation(meta, root, self.inputs),
-                _Evaluation(meta, root, _one_more(self.inputs)),
+                _Evaluation(meta, root, _with_batch(self.inputs, lambda n: n + 1)),
+                _Evaluation(meta, root, _with_batch(self.inputs, lambda n: 3 if n == 1 else 1)),
             ]
         self._evaluating = True
         try:
@@ -184,6 +245,7 @@ class Tracer(fx.Tracer):
             TraceError: it does, so that Python code may not turn it into a constant.
         """
         value = self.known(node)
+        self.decisions.append(node)
         if not isinstance(value, kinds) or self.known(node, batch=1) != value:
             raise fx.proxy.TraceError(
                 f"{node.name} is used as a plain number but depends on the batch or on data"
@@ -195,9 +257,18 @@ def _item(proxy: fx.Proxy, index: int) -> Any:
     return proxy.tracer.create_proxy("call_function", operator.getitem, (proxy, index), {})
 
 
-def _one_more(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _modes() -> dict[str, Any]:
+    """What `with` blocks of PyTorch change that a graph does not hold."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return {
+        "torch.no_grad()": torch.is_grad_enabled(),
+        "torch.autocast()": [torch.is_autocast_enabled(device) for device in devices],
+    }
+
+
+def _with_batch(inputs: tuple[Any, ...], change: Callable[[int], int]) -> tuple[Any, ...]:
     return tuple(
-        x.new_empty((x.shape[0] + 1, *x.shape[1:]), device="meta")
+        x.new_empty((change(x.shape[0]), *x.shape[1:]), device="meta")
         if isinstance(x, torch.Tensor) and x.ndim > 0
         else x
         for x in inputs
