@@ -299,7 +299,7 @@ def reconstruct(
     if not isinstance(dense, nn.Module):
         raise InputError(f"dense is a {type(dense).__name__}: pass the network before pruning")
     _check_dense(network, dense, plan)
-    traced = trace(dense, inputs_of(batches[0], device_of(dense)))
+    traced = trace(dense, inputs_of(batches[0], device_of(dense)), quiet=True)
     return refit(network, traced.module, plan.kept, batches, ridge=ridge, tell=progress)
 
 

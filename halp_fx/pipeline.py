@@ -299,6 +299,7 @@ def prepare(
     tell = progress if progress is not None else _silent
     with _guarded(model, tell) as stage:
         stage("trace")
+        _check_data_of(model)
         traced = trace(model, example_inputs)
         source = resolve_backend(latency, device=_device_of(model))
         others = [
@@ -338,6 +339,15 @@ def prepare(
     )
 
 
+def _check_data_of(model: Any) -> None:
+    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    if any(tensor.is_meta for tensor in tensors):
+        raise InputError(
+            f"{type(model).__name__} has parameters without data (on the device 'meta'): "
+            "load its weights first"
+        )
+
+
 def _check_loss(loss: Any, data: Any) -> None:
     if loss is None:
         return
@@ -354,7 +364,7 @@ def _check_loss(loss: Any, data: Any) -> None:
 
 def _check_flags(**flags: Any) -> None:
     for name, value in flags.items():
-        if not isinstance(value, bool):
+        if not isinstance(value, (bool, np.bool_)):
             raise InputError(f"{name} is {value!r}: pass True or False")
 
 

@@ -36,7 +36,11 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
         InputError: `data` has no batches, or one that is not finite or that the network can't be
             run on. The network is as it was then.
     """
-    if isinstance(data, torch.Tensor) or not isinstance(data, Iterable):
+    try:
+        each = None if isinstance(data, torch.Tensor) else iter(data)
+    except TypeError:
+        each = None
+    if each is None:
         raise InputError(
             f"data is a {type(data).__name__}: pass a list of minibatches, or a loader"
         )
@@ -64,7 +68,7 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
         # Those of modules too: what was put back into a model may hold a norm that a graph calls.
         modules = [(m.running_mean, m.running_var) for m in norms]
         with torch.no_grad(), _Averaged([*functions, *modules]):
-            for batch in data:
+            for batch in each:
                 if batches is not None and used >= batches:
                     break
                 _run(network, inputs_of(batch, device), used)
@@ -86,11 +90,11 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
 
 
 def _run(network: nn.Module, inputs: tuple[Any, ...], number: int) -> None:
-    if not all(bool(t.isfinite().all()) for t in float_tensors(inputs)):
-        raise InputError(f"minibatch {number} of data has inputs that are NaN or infinite")
+    if any(bool(t.isnan().any()) for t in float_tensors(inputs)):
+        raise InputError(f"minibatch {number} of data has inputs that are NaN")
     try:
         network(*inputs)
-    except HalpError:
+    except (HalpError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         first = str(error).partition("\n")[0]

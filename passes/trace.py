@@ -8,6 +8,7 @@ the keys of `state_dict()`, are the model's; the model itself is not changed.
 from __future__ import annotations
 
 import itertools
+import keyword
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, cast
@@ -37,12 +38,17 @@ from halp_fx.types import Traced
 __all__ = ["trace"]
 
 
-def trace(model: nn.Module, example_inputs: Any = None) -> Traced:
+def trace(model: nn.Module, example_inputs: Any = None, *, quiet: bool = False) -> Traced:
     """Trace `model` into a graph and run it once on the example.
+
+    Warns of what the graph does not hold: a part under `torch.no_grad()` or `torch.autocast()`, a
+    train mode that does other things, Python code that decides by the number or the size of the
+    images.
 
     Args:
         example_inputs: a tensor or a tuple, the positional arguments of the model. None: an
             image (1, C, H, W) of the size the model expects, as far as that can be told.
+        quiet: no warnings.
 
     Raises:
         InputError: `model` is no module, or it rejects the inputs.
@@ -58,18 +64,20 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Traced:
     name = type(model).__name__
     if any(is_lazy(p) for p in [*root.parameters(), *root.buffers()]):
         raise InputError(f"{name} has lazy parameters: run it once on an example first")
-    found = _Attempt(model, root, inputs, name)
-    differs = found.difference()
-    if differs is not None and found.decisions:
-        found = _Attempt(model, root, inputs, name, strict=True)
-        differs = found.difference()
+    found = _Attempt(model, inputs, name)
+    differs = difference(found.root, found.module, inputs, whole=bool(found.by_batch))
+    if differs is None and found.by_batch:
+        found, only = _for_any_batch(found, model)
+        if only is not None and not quiet:
+            warn_caller(only)
     if differs is not None:
         raise TraceError(
             f"the graph traced of {name} is not the network: {differs}. Its forward decides by "
             "something that tracing can't see; prune the part that can be traced, with "
             "halp_fx.compile_core"
         )
-    found.tell_limits()
+    if not quiet:
+        found.tell_limits()
     return Traced(
         module=found.module,
         example_inputs=inputs,
@@ -92,40 +100,31 @@ class _Attempt:
     """A model as a graph, which has run on the example."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        copied: nn.Module,
-        inputs: tuple[Any, ...],
-        name: str,
-        *,
-        strict: bool = False,
+        self, model: nn.Module, inputs: tuple[Any, ...], name: str, *, strict: bool = False
     ) -> None:
-        tracer, graph, self.opaque = _trace_graph(copied, inputs, name, strict)
-        self.decisions, self.contexts = tracer.decisions, tracer.contexts
+        tracer, graph, self.opaque = _trace_graph(model, inputs, name, strict)
+        self.by_batch, self.by_size = tracer.by_batch, tracer.by_size
+        self.contexts, copied = tracer.contexts, tracer.root
         graph._tracer_cls = None  # ours can't be made again by unpickling
         constants = {k: v for k, v in vars(copied).items() if k.startswith("_tensor_constant")}
         self.root = structural_copy(model).eval()  # one that no `forward` has left proxies on
         for constant, value in constants.items():
             setattr(self.root, constant, value)
         self.other_in_training = _link_training_flags(graph, model, inputs, self.opaque)
-        self.module = fx.GraphModule(self.root, graph, class_name=name)
+        try:
+            self.module = fx.GraphModule(self.root, graph, class_name=name)
+        except SyntaxError as error:
+            raise TraceError(
+                f"{name} has a module or parameter whose name is a word of Python's own "
+                f"({', '.join(_keywords(graph)) or 'unknown'}), so no code can be made that calls "
+                "it: give it another name"
+            ) from error
         for path, own in self.module.named_modules():
             own.training = False
             if path in self.opaque:
                 own.eval()
         self.values = _record(self.root, self.module, inputs, name)
         self.inputs, self.name = inputs, name
-
-    def difference(self) -> str | None:
-        """What the graph gives that the model does not, or None."""
-        differs = difference(self.root, self.module, self.inputs)
-        if differs is not None or not self.decisions:
-            return differs
-        found = difference_in_batch(self.root, self.module, self.inputs)
-        if found is None:
-            return None
-        count, differs = found
-        return f"{differs}, with {count} image{'s' if count > 1 else ''} at a time"
 
     def tell_limits(self) -> None:
         """Warn of what the graph does not hold."""
@@ -136,28 +135,31 @@ class _Attempt:
                 "does in eval mode"
             )
         for context, nodes in self.contexts.items():
-            learnt = [node for node in nodes if self._is_learnt(node)]
-            if learnt:
+            learnt = next((node for node in nodes if self._is_learnt(node)), None)
+            if learnt is not None:
                 warn_caller(
-                    f"halp_fx: forward of {self.name} has a part under {context}"
-                    f"{_at(learnt[0])}, which the pruned network does not keep: {_ADVICE[context]}"
+                    f"halp_fx: forward of {self.name} has a part under {context}{_at(learnt)}, "
+                    f"which the pruned network does not keep: {_ADVICE[context]}"
                 )
-        if self.decisions:
+        if self.by_size:
             in_size = difference_in_size(self.root, self.module, self.inputs)
             if in_size is not None:
                 size, differs = in_size
                 warn_caller(
                     f"halp_fx: forward of {self.name} decides by the size of the images"
-                    f"{_at(self.decisions[0])}, and the pruned network is one for the size of the "
+                    f"{_at(self.by_size[0])}, and the pruned network is one for the size of the "
                     f"example alone: at {'x'.join(map(str, size))} {differs}. Pass an example of "
                     "the size that you will use"
                 )
 
     def _is_learnt(self, node: fx.Node) -> bool:
-        """Whether parameters have a part in what a node gives."""
+        """Whether parameters have a part in what a node gives, and would get a gradient by it."""
         seen, stack = {node}, [node]
         while stack:
             one = stack.pop()
+            floats = [t for t in tensors_in(self.values.get(one.name)) if t.is_floating_point()]
+            if not floats or one.target == "detach":
+                continue
             if one.op == "call_module":
                 if next(self.root.get_submodule(str(one.target)).parameters(), None) is not None:
                     return True
@@ -171,26 +173,63 @@ class _Attempt:
         return False
 
 
+def _keywords(graph: fx.Graph) -> list[str]:
+    parts = {part for node in graph.nodes for part in str(node.target).split(".")}
+    return sorted(part for part in parts if keyword.iskeyword(part))
+
+
 def _at(node: fx.Node) -> str:
     source = source_of(node)
     return f" ({source})" if source else ""
 
 
+def _for_any_batch(found: _Attempt, model: nn.Module) -> tuple[_Attempt, str | None]:
+    """A graph that holds for any number of images, where there is one.
+
+    Code that decides by it is held whole in a second try; where that can't be, the first graph is
+    one for the example's number alone, and the text says so.
+    """
+    in_batch = difference_in_batch(found.root, found.module, found.inputs)
+    if in_batch is None:
+        return found, None
+    try:
+        strict = _Attempt(model, found.inputs, found.name, strict=True)
+    except TraceError:
+        pass
+    else:
+        if (
+            difference(strict.root, strict.module, found.inputs) is None
+            and difference_in_batch(strict.root, strict.module, found.inputs) is None
+        ):
+            return strict, None
+    count, differs = in_batch
+    return found, (
+        f"halp_fx: forward of {found.name} decides by the first dim of its inputs, in most "
+        f"networks the batch{_at(found.by_batch[0])}, and the pruned network is one for that "
+        f"of the example alone: with {count} instead, {differs}. Move that code into a submodule, "
+        "which is then held whole, or use the network with as many as in the example, in training "
+        "too"
+    )
+
+
 def _trace_graph(
-    root: nn.Module, inputs: tuple[Any, ...], name: str, strict: bool
+    model: nn.Module, inputs: tuple[Any, ...], name: str, strict: bool
 ) -> tuple[Tracer, fx.Graph, dict[str, str]]:
-    """Trace, going into every function; where that fails, with functions and modules kept whole."""
+    """Trace, going into every function; where that fails, with functions and modules kept whole.
+
+    Each try has a copy of its own, since `forward` may leave proxies on it.
+    """
     tracer = Tracer(inputs, {}, strict=strict)
     with opened_functions():
         try:
-            return tracer, tracer.trace(root), {}
+            return tracer, tracer.trace(structural_copy(model).eval()), {}
         except Exception:  # noqa: BLE001  the next way tells what can't be traced
             pass
     opaque: dict[str, str] = {}
     while True:
         tracer = Tracer(inputs, opaque, strict=strict)
         try:
-            return tracer, tracer.trace(root), opaque
+            return tracer, tracer.trace(structural_copy(model).eval()), opaque
         except Exception as error:
             if tracer.broken is None:
                 raise TraceError(

@@ -290,6 +290,26 @@ def test_what_is_refused(case: str) -> None:
         halp_fx.compile(model, **arguments)
 
 
+def test_a_model_without_data_is_refused() -> None:
+    with torch.device("meta"):
+        model = make_net()
+    with pytest.raises(InputError, match=r"Net has parameters without data .*load its weights"):
+        halp_fx.compile(model, 0.5, image(), latency="analytic")
+
+
+def test_a_module_with_the_name_of_a_keyword_is_refused() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({"class": nn.Conv2d(3, 8, 3), "box": nn.Conv2d(8, 4, 3)})
+
+        def forward(self, x: Tensor) -> Any:
+            return self.parts["box"](self.parts["class"](x))
+
+    with pytest.raises(TraceError, match=r"a word of Python's own \(class\).*another name"):
+        halp_fx.compile(Named(), 0.5, image(), latency="analytic")
+
+
 @pytest.mark.parametrize("budgets", [0.5, "4ms", halp_fx.Budget(share=0.5), None])
 def test_a_sweep_needs_several_budgets(budgets: Any) -> None:
     with pytest.raises(InputError, match=r"budgets is .*: pass several, as \[0.7, 0.5\]"):

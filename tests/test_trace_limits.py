@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import halp_fx
 from halp_fx.errors import TraceError
+from halp_fx.idle import acts_in_training_only, is_idle
 from halp_fx.passes.trace import trace
 from tests import oracle
 
@@ -78,11 +81,65 @@ def split(self: Any, x: Tensor) -> Any:
     return torch.cat([self.head(one) for one in self.features(x).split(1)])
 
 
+def by_an_integer(self: Any, x: Tensor) -> Any:
+    return self.head(self.features(x)) * (1 + len(x) // 4)
+
+
+def named_by_a_list(self: Any, x: Tensor) -> Any:
+    return self.head(self.features(x)) * [2.0, 1.0][int(x.shape[0] > 1)]
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("forward", [if_there_are_several, if_even, image_by_image, unbound, split])
-def test_a_forward_that_decides_by_the_batch_is_refused(forward: Forward, count: int) -> None:
-    with pytest.raises(TraceError, match=r"decides by \w+, which depends on the batch \(.*\.py"):
-        trace(network(forward), torch.randn(count, 3, 8, 8))
+def test_a_forward_that_decides_by_the_batch_is_told(forward: Forward, count: int) -> None:
+    model, x = network(forward), torch.randn(count, 3, 8, 8)
+    match = r"by the first dim of its inputs, .*\(.*\.py.*for that of the example alone: with \d"
+    with pytest.warns(UserWarning, match=match) as told:
+        traced = trace(model, x)
+    assert {one.filename for one in told} == {__file__}
+    with torch.no_grad():
+        oracle.assert_close(traced.module(x), model(x), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("forward", [by_an_integer, named_by_a_list])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_numbers_that_depend_on_the_batch_are_no_constants(forward: Forward, count: int) -> None:
+    try:
+        traced = trace(network(forward), torch.randn(count, 3, 8, 8))
+    except TraceError as error:
+        assert "depends on the batch" in str(error)
+        return
+    for other in (1, 2, 3, 4, 8):
+        x = torch.randn(other, 3, 8, 8)
+        with torch.no_grad():
+            oracle.assert_close(traced.module(x), network(forward)(x), tolerance=1e-6)
+
+
+def test_further_inputs_do_not_hide_the_batch() -> None:
+    class Timed(Body):
+        def forward(self, x: Tensor, t: Any) -> Any:
+            y = self.features(x)
+            if x.shape[0] > 1:
+                y = y - y.mean(0, keepdim=True)
+            return self.head(y)
+
+    model = oracle.randomize(Timed()).eval()
+    for t in (None, 3, torch.tensor(2.0), torch.randn(1, 3, 8, 8)):
+        with pytest.warns(UserWarning, match="by the first dim of its inputs"):
+            trace(model, (torch.randn(4, 3, 8, 8), t))
+
+
+def test_views_in_the_first_dim_may_be_looped_over() -> None:
+    class Views(Body):
+        def forward(self, x: Tensor) -> Any:
+            return torch.stack([self.head(self.features(view)) for view in x]).mean(0)
+
+    model = oracle.randomize(Views()).eval()
+    x = torch.randn(3, 2, 3, 8, 8)
+    with pytest.warns(UserWarning, match="by the first dim of its inputs"):
+        pruned = halp_fx.compile(model, 0.6, x, latency="analytic")
+    assert len(pruned.get_parameter("first.weight")) < 8
+    oracle.assert_exact(model, pruned, (x,), batches=[3])
 
 
 def test_a_module_that_decides_by_the_batch_is_held_whole() -> None:
@@ -111,17 +168,63 @@ def checks(self: Any, x: Tensor) -> Any:
     return self.head(torch.cat([a, b], 1))
 
 
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0, keepdim=True) if int(x.shape[0] > 1) else x
+
+
+def test_what_a_first_try_leaves_on_the_model_is_no_matter() -> None:
+    class Cached(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cache: Any = None
+            self.centred = Centred()
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.centred(self.features(x))
+            if self.cache is None or self.cache.shape[-1] != y.shape[-1]:
+                self.cache = torch.arange(y.shape[-1]) + y.new_zeros(y.shape[-1])
+            return self.head(y + self.cache)
+
+    model = oracle.randomize(Cached()).eval()
+    traced = trace(model, torch.randn(2, 3, 8, 8))
+    assert list(traced.opaque) == ["centred"]
+    for count in (1, 2, 3):
+        x = torch.randn(count, 3, 8, 8)
+        with torch.no_grad():
+            oracle.assert_close(traced.module(x), model(x), tolerance=1e-6)
+
+
+def test_lengths_that_a_library_asks_to_keep_are_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kept(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            self.centred = Centred()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.head(self.centred(self.features(x))) / len(x)
+
+    # What torch.fx.wrap("len") does in a module.
+    key, wrapped = (id(globals()), "len"), fx._symbolic_trace._wrapped_fns_to_patch
+    monkeypatch.setitem(wrapped, key, globals())
+    traced = silent(trace, Kept(), torch.randn(2, 3, 8, 8))
+    assert list(traced.opaque) == ["centred"]
+    functions = {n.target for n in traced.module.graph.nodes if n.op == "call_function"}
+    assert not any("proxies" in getattr(f, "__module__", "") for f in functions)
+
+
 @pytest.mark.parametrize("forward", [lengths, checks])
 def test_lengths_and_checks_hold_for_any_batch(forward: Forward) -> None:
     model = network(forward)
+    plain = builtins.len
     for count in (1, 2):
         traced = silent(trace, model, torch.randn(count, 3, 8, 8))
+        assert builtins.len is plain
         assert traced.opaque == {}
         for other in (1, 2, 4):
             x = torch.randn(other, 3, 8, 8)
             with torch.no_grad():
                 oracle.assert_close(traced.module(x), model(x), tolerance=1e-6)
-    assert len([1, 2]) == 2, "builtins are left as they were"
 
 
 def test_what_takes_one_batch_alone_is_traced_for_it() -> None:
@@ -222,7 +325,11 @@ def test_positions_without_gradients_are_no_matter() -> None:
     def forward(self: Any, x: Tensor) -> Any:
         with torch.no_grad():
             ramp = torch.arange(x.shape[-1]) / 10 + x.detach().amax((1, 2, 3), keepdim=True)
-        return self.head(self.features(x) + ramp)
+        y = self.features(x)
+        with torch.no_grad():
+            grid = torch.arange(y.shape[-1], device=y.device)
+            mask = (y.detach() > 0).to(y.dtype)
+        return self.head(mask * y + ramp + grid)
 
     model = network(forward)
     silent(trace, model, torch.randn(2, 3, 8, 8))
@@ -323,8 +430,54 @@ def test_a_branch_with_stochastic_depth_is_made_up_for_and_dropped() -> None:
     assert found and found == halp_fx.reconstruct(other, plain, [x])
 
 
+class Chance(nn.Module):
+    """Drops all, seldom."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0 if self.training and random.random() < 0.01 else x
+
+
+class Passing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("module", "idle", "acts"),
+    [
+        (DropPath(0.5), True, True),
+        (nn.Sequential(DropPath(0.5)), True, True),
+        (Chance(), True, True),
+        (nn.Dropout(), True, True),
+        (nn.Dropout2d(), True, True),
+        (Passing(), True, False),
+        (nn.Identity(), True, False),
+        (nn.Flatten(), False, False),
+        (nn.ReLU(), False, False),
+        (nn.ReLU(inplace=True), False, False),
+        (nn.BatchNorm2d(4), False, False),
+        (nn.Softmax(1), False, False),
+    ],
+)
+def test_modules_that_are_idle(module: nn.Module, idle: bool, acts: bool) -> None:
+    state = random.getstate(), torch.get_rng_state()
+    assert (is_idle(module), acts_in_training_only(module)) == (idle, acts)
+    assert module.training
+    assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
+
+
+def test_what_idle_modules_hold_is_not_copied() -> None:
+    class Holder(DropPath):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise AssertionError("copied")
+
+    module = Holder(0.5)
+    module.parents = [nn.Linear(4, 4)]  # not a child
+    assert acts_in_training_only(module)
+
+
 def test_idle_modules_that_do_nothing_in_train_mode_leave_no_trace() -> None:
-    traced = silent(trace, Residual(DropPath(0.0)), torch.randn(2, 3, 8, 8))
+    traced = silent(trace, Residual(Passing()), torch.randn(2, 3, 8, 8))
     assert not any(str(node.target) == "drop" for node in traced.module.graph.nodes)
 
 

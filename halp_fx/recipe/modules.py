@@ -42,6 +42,7 @@ class TreeWriter:
     def __init__(self, root: fx.GraphModule) -> None:
         self.tensors = TensorWriter()
         self._seen: dict[int, str] = {}
+        self._left_out: set[int] = set()  # modules in whose place there is nothing
         self._called: set[int] = set()
         self._read: dict[int, set[str]] = {}  # module -> its plain attributes that graphs read
         self._mark(root)
@@ -88,6 +89,7 @@ class TreeWriter:
         data["children"] = [
             [name, None if child is None else self.encode(child, _join(path, name))]
             for name, child in module._modules.items()
+            if id(module) not in self._left_out
         ]
         return data
 
@@ -118,6 +120,7 @@ class TreeWriter:
                 "something in train mode alone; a recipe holds no code, so the network that is "
                 "loaded does without it. To train on, keep state_dict() and your own code"
             )
+            self._left_out.add(id(module))
             return {"kind": "class", "class": class_name(nn.Identity), "attributes": []}
         elif called and type(module) is not nn.Module:
             cls = type(module)

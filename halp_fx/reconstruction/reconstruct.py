@@ -60,7 +60,7 @@ def refit(
     for i, inputs in enumerate(batches):
         if not all(bool(t.isfinite().all()) for t in float_tensors(inputs)):
             raise InputError(f"minibatch {i} of data has inputs that are NaN or infinite")
-        if any(t.numel() == 0 for t in float_tensors(inputs)):
+        if any(t.numel() == 0 for t in float_tensors(inputs)[:1]):
             raise InputError(f"minibatch {i} of data is empty")
     # Shares the parameters, not the modes; buffers are its own, for what is stateful in eval mode.
     reference = substitute_copy(dense, {id(p): p for p in dense.parameters()}).eval()

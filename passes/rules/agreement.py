@@ -19,13 +19,18 @@ _BATCH = 2  # images to compare on, where the example has more
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.3}
 
 
-def difference(model: nn.Module, graph: nn.Module, inputs: tuple[Any, ...]) -> str | None:
+def difference(
+    model: nn.Module, graph: nn.Module, inputs: tuple[Any, ...], *, whole: bool = False
+) -> str | None:
     """What differs between the outputs of both, or None.
 
     Both run once in the mode they are in, on the same random numbers. None also where the model
     itself does not run on the inputs, or gives no tensors that could be compared.
+
+    Args:
+        whole: on all of the inputs; a few images are enough where their number is no matter.
     """
-    for given in _candidates(inputs):
+    for given in [inputs] if whole else _candidates(inputs):
         try:
             return _difference(model, graph, given)
         except _ModelFailsError:
@@ -104,42 +109,54 @@ def _difference(
 
 
 def _other_batches(inputs: tuple[Any, ...]) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """One image, two, three, as far as the example has another number."""
-    sizes = {x.shape[0] if isinstance(x, torch.Tensor) and x.ndim else 0 for x in inputs}
-    count = sizes.pop() if len(sizes) == 1 else 0
+    """One image, two, three, as far as the example has another number.
+
+    Of all inputs with as many rows as the first tensor; others stay as they are.
+    """
+    count = _rows(inputs)
     for wanted in (1, 2, 3) if count else ():
         if wanted != count:
-            index = torch.arange(wanted) % count
-            rows = [x.index_select(0, index.to(x.device)) for x in inputs]
-            # Images that are all the same would hide what runs over the batch.
-            for i in range(count, wanted):
-                for x in rows:
-                    if x.ndim > 1:
-                        x[i] = x[i].roll(i, -1)
-            yield wanted, tuple(rows)
+            yield wanted, tuple(_repeated(x, wanted) if _has(x, count) else x for x in inputs)
+
+
+def _rows(inputs: tuple[Any, ...]) -> int:
+    return next((len(x) for x in inputs if isinstance(x, torch.Tensor) and x.ndim), 0)
+
+
+def _has(value: Any, rows: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == rows
+
+
+def _repeated(value: torch.Tensor, wanted: int) -> torch.Tensor:
+    count = len(value)
+    rows = value.index_select(0, (torch.arange(wanted) % count).to(value.device))
+    for i in range(count, wanted if value.ndim > 1 else 0):
+        rows[i] = rows[i].roll(i, -1)  # images that are all the same would hide what is shared
+    return rows
 
 
 def _other_sizes(inputs: tuple[Any, ...]) -> Iterator[tuple[tuple[int, ...], tuple[Any, ...]]]:
-    """A few images that are a little larger, and larger by a round number of pixels."""
-    images = [x for x in inputs if isinstance(x, torch.Tensor) and x.ndim > 3]
-    if not images:
+    """A few images that are a little larger, and larger by a round number of pixels.
+
+    Not on a GPU, where an index out of range, as of a position, ends all work of the process.
+    """
+    count = _rows(inputs)
+    images = [x for x in inputs if _has(x, count) and x.ndim > 3]
+    if not images or any(x.is_cuda for x in tensors_in(list(inputs))):
         return
     size = tuple(images[0].shape[2:])
+
+    def changed(x: Any, wanted: tuple[int, ...]) -> Any:
+        if not _has(x, count):
+            return x
+        few = x[:_BATCH]
+        return _resized(few, wanted) if x.ndim > 3 and x.shape[2:] == size else few
+
     for wanted in (
         tuple(n + n // 8 + 1 + i for i, n in enumerate(size)),
         tuple(n + 32 * (i + 1) for i, n in enumerate(size)),
     ):
-        yield (
-            wanted,
-            tuple(
-                _resized(x[:_BATCH], wanted)
-                if isinstance(x, torch.Tensor) and x.ndim > 3 and x.shape[2:] == size
-                else x[:_BATCH]
-                if isinstance(x, torch.Tensor) and x.ndim
-                else x
-                for x in inputs
-            ),
-        )
+        yield wanted, tuple(changed(x, wanted) for x in inputs)
 
 
 def _resized(image: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:

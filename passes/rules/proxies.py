@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["ValueProxy", "proxies_as_values"]
+__all__ = ["ValueProxy", "plain_function", "proxies_as_values"]
 
 
 class ValueProxy(fx.Proxy):
@@ -46,28 +47,43 @@ class ValueAttribute(fx.proxy.Attribute, ValueProxy):
     """`x.shape` and the like: a value too."""
 
 
+_PATCHING = threading.RLock()
+_LEN = builtins.len
+
+
 @contextmanager
 def proxies_as_values() -> Iterator[None]:
-    """While this lasts, Python code may treat proxies as what they stand for."""
-    with _numbers_as_tensors(), _packed_sizes(), _proxies_as_tensors(), _lengths_as_sizes():
+    """While this lasts, Python code may treat proxies as what they stand for.
+
+    One thread at a time.
+    """
+    with (
+        _PATCHING, _numbers_as_tensors(), _packed_sizes(), _proxies_as_tensors(),
+        _lengths_as_sizes(),
+    ):  # fmt: skip
         yield
+
+
+def plain_function(target: Any) -> Any:
+    """The function that a target of a node stands for, where that is one of these."""
+    return _LEN if target is _length else target
 
 
 @contextmanager
 def _lengths_as_sizes() -> Iterator[None]:
     """`len(x)` of a tensor is its size in the graph, where that depends on the batch."""
-    plain = builtins.len
-
-    def length(value: Any, /) -> Any:
-        if isinstance(value, ValueProxy) and value.tracer.grows_with_batch(value.node):
-            return value.size(0)
-        return plain(value)
-
-    builtins.len = length
+    before = builtins.len
+    builtins.len = _length
     try:
         yield
     finally:
-        builtins.len = plain
+        builtins.len = before
+
+
+def _length(value: Any, /) -> Any:
+    if isinstance(value, ValueProxy) and value.tracer.grows_with_batch(value.node):
+        return value.size(0)
+    return _LEN(value)
 
 
 @contextmanager
@@ -108,12 +124,14 @@ def _packed_sizes() -> Iterator[None]:
 
         return packed
 
-    def expanded(tensor: torch.Tensor, *sizes: Any) -> Any:
+    def expanded(tensor: torch.Tensor, *sizes: Any, **kwargs: Any) -> Any:
+        if "size" in kwargs:
+            sizes = (kwargs.pop("size"),)
         given = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
         proxy = next((size for size in given if isinstance(size, ValueProxy)), None)
         if proxy is None:
-            return expand(tensor, *sizes)
-        return proxy.tracer.create_proxy("call_method", "expand", (tensor, *given), {})
+            return expand(tensor, *sizes, **kwargs)
+        return proxy.tracer.create_proxy("call_method", "expand", (tensor, *given), kwargs)
 
     for name, function in plain.items():
         setattr(torch, name, packing(function))

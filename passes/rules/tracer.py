@@ -15,7 +15,7 @@ from halp_fx.idle import acts_in_training_only
 from halp_fx.passes.rules.attention import expand_attention
 from halp_fx.passes.rules.core import OnMeta
 from halp_fx.passes.rules.leaves import module_rule
-from halp_fx.passes.rules.proxies import ValueProxy, proxies_as_values
+from halp_fx.passes.rules.proxies import ValueProxy, plain_function, proxies_as_values
 from halp_fx.passes.rules.source import source_of
 from halp_fx.passes.rules.structure import (
     empty_like,
@@ -59,8 +59,10 @@ class Tracer(fx.Tracer):
         opaque: modules to keep whole.
         strict: whether Python code that decides by the batch is an error.
 
-    After an exception `broken` names the innermost module in which it arose. Afterwards `decisions`
-    are the nodes whose values Python code went by, and `contexts` what ran in which `with` block.
+    After an exception `broken` names the innermost module in which it arose. Afterwards
+    `by_batch` and `by_size` are the nodes whose values Python code went by that are, or may be,
+    others for other batches and for images of other sizes; `contexts` what ran in which `with`
+    block.
     """
 
     def __init__(
@@ -68,9 +70,10 @@ class Tracer(fx.Tracer):
     ) -> None:
         super().__init__()
         self.strict = strict
-        self.decisions: list[fx.Node] = []
+        self.by_batch: list[fx.Node] = []
+        self.by_size: list[fx.Node] = []
         self.contexts: dict[str, list[fx.Node]] = {}
-        self._modes = _modes()
+        self._contexts = _contexts()
         self.proxy_buffer_attributes = True  # a buffer may hold one value a channel
         self.record_stack_traces = True
         self.inputs = inputs
@@ -78,7 +81,7 @@ class Tracer(fx.Tracer):
         self.broken: tuple[str, Exception] | None = None
         self._evaluating = False
         self._idle: dict[nn.Module, bool] = {}
-        self._batches: list[_Evaluation] = []
+        self._cases: dict[str, _Evaluation] = {}
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         with proxies_as_values():
@@ -88,10 +91,10 @@ class Tracer(fx.Tracer):
         """Whether a module could not be traced, or has a rule of its own."""
         return path in self.opaque or module_rule(m) is not None
 
-    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(kind, *args, **kwargs)
-        for name, mode in _modes().items():
-            if mode != self._modes[name] and kind.startswith("call"):
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, plain_function(target), *args, **kwargs)
+        if kind.startswith("call"):
+            for name in _contexts() - self._contexts:
                 self.contexts.setdefault(name, []).append(node)
         return node
 
@@ -181,49 +184,50 @@ class Tracer(fx.Tracer):
             TraceError: it is another one for other batches, and the tracer is strict.
         """
         found = answer(self.known(node))
-        self.decisions.append(node)
-        if self.strict and any(found != answer(value) for value in self._elsewhere(node)):
-            source = source_of(node)
-            raise fx.proxy.TraceError(
-                f"Python code decides by {node.name}, which depends on the batch"
-                + (f" ({source})" if source else "")
-            )
+        self._note(node, found, answer)
         return found
+
+    def _note(self, node: fx.Node, found: Any, answer: Callable[[Any], Any]) -> None:
+        elsewhere = [self._answer(node, answer, case) for case in _BATCHES]
+        if any(other != found for other in elsewhere):
+            self.by_batch.append(node)
+            known = [other for other in elsewhere if other is not _UNKNOWN]
+            if self.strict and any(other != found for other in known):
+                source = source_of(node)
+                raise fx.proxy.TraceError(
+                    f"Python code decides by {node.name}, which depends on the batch"
+                    + (f" ({source})" if source else "")
+                )
+        if any(self._answer(node, answer, case) != found for case in _SIZES):
+            self.by_size.append(node)
+
+    def _answer(self, node: fx.Node, answer: Callable[[Any], Any], case: str) -> Any:
+        try:
+            return answer(self.known(node, case))
+        except Exception:  # noqa: BLE001  the graph does not take such inputs
+            return _UNKNOWN
 
     def grows_with_batch(self, node: fx.Node) -> bool:
         """Whether a node gives a tensor whose first dim depends on the batch."""
         value = self.known(node)
         if not isinstance(value, torch.Tensor) or value.ndim == 0:
             return False
-        sizes = {other.shape[0] for other in self._elsewhere(node)}
-        return not sizes <= {value.shape[0]}
+        sizes = {self._answer(node, len, case) for case in _BATCHES}
+        return not sizes <= {value.shape[0], _UNKNOWN}
 
-    def _elsewhere(self, node: fx.Node) -> Iterator[Any]:
-        """What a node gives for other batches, if the graph takes them."""
-        for batch in (1, 2):
-            try:
-                yield self.known(node, batch)
-            except fx.proxy.TraceError:
-                continue
-
-    def known(self, node: fx.Node, batch: int = 0) -> Any:
-        """What a node gives for the example, without data.
-
-        Args:
-            batch: 1 for one more image than the example has; 2 for one image alone, or three.
-        """
-        if not self._batches:
+    def known(self, node: fx.Node, case: str = "") -> Any:
+        """What a node gives for the example, or for other inputs, without data."""
+        if not self._cases:
             root = self.root
             tensors = {id(t): empty_like(t) for _, t in named_tensors(root)}
             meta = substitute_copy(root, tensors)
-            self._batches = [
-                _Evaluation(meta, root, self.inputs),
-                _Evaluation(meta, root, _with_batch(self.inputs, lambda n: n + 1)),
-                _Evaluation(meta, root, _with_batch(self.inputs, lambda n: 3 if n == 1 else 1)),
-            ]
+            inputs = {"": self.inputs} | {
+                case: _changed(self.inputs, change) for case, change in _CHANGES.items()
+            }
+            self._cases = {k: _Evaluation(meta, root, given) for k, given in inputs.items()}
         self._evaluating = True
         try:
-            return self._batches[batch].value(node)
+            return self._cases[case].value(node)
         except Exception as error:
             raise fx.proxy.TraceError(
                 f"what {node.format_node()} gives depends on data: {error}"
@@ -245,11 +249,13 @@ class Tracer(fx.Tracer):
             TraceError: it does, so that Python code may not turn it into a constant.
         """
         value = self.known(node)
-        self.decisions.append(node)
-        if not isinstance(value, kinds) or self.known(node, batch=1) != value:
+        others = [self.known(node, "one more")]
+        others += [self._answer(node, lambda found: found, case) for case in _BATCHES[1:]]
+        if not isinstance(value, kinds) or any(o != value for o in others if o is not _UNKNOWN):
             raise fx.proxy.TraceError(
                 f"{node.name} is used as a plain number but depends on the batch or on data"
             )
+        self._note(node, value, lambda found: found)
         return value
 
 
@@ -257,19 +263,40 @@ def _item(proxy: fx.Proxy, index: int) -> Any:
     return proxy.tracer.create_proxy("call_function", operator.getitem, (proxy, index), {})
 
 
-def _modes() -> dict[str, Any]:
-    """What `with` blocks of PyTorch change that a graph does not hold."""
-    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    return {
-        "torch.no_grad()": torch.is_grad_enabled(),
-        "torch.autocast()": [torch.is_autocast_enabled(device) for device in devices],
-    }
+_DEVICES = ("cpu", "cuda")
 
 
-def _with_batch(inputs: tuple[Any, ...], change: Callable[[int], int]) -> tuple[Any, ...]:
+def _contexts() -> set[str]:
+    """Which `with` blocks of PyTorch this runs in that a graph does not hold."""
+    found = set() if torch.is_grad_enabled() else {"torch.no_grad()"}
+    if any(torch.is_autocast_enabled(device) for device in _DEVICES):
+        found.add("torch.autocast()")
+    return found
+
+
+_UNKNOWN = object()  # what can't be told is not equal to anything else
+# Other inputs than the example: the shape of each tensor that has as many rows as the first.
+_CHANGES: dict[str, Callable[[torch.Size], list[int]]] = {
+    "one more": lambda shape: [shape[0] + 1, *shape[1:]],
+    "one": lambda shape: [3 if shape[0] == 1 else 1, *shape[1:]],
+    "twice as many": lambda shape: [2 * shape[0], *shape[1:]],
+    "a little larger": lambda shape: _larger(shape, lambda i, n: n + n // 8 + 1 + i),
+    "larger": lambda shape: _larger(shape, lambda i, n: n + 32 * (i + 1)),
+}
+_BATCHES, _SIZES = list(_CHANGES)[:3], list(_CHANGES)[3:]
+
+
+def _larger(shape: torch.Size, change: Callable[[int, int], int]) -> list[int]:
+    if len(shape) < 4:
+        return list(shape)
+    return [*shape[:2], *(change(i, n) for i, n in enumerate(shape[2:]))]
+
+
+def _changed(inputs: tuple[Any, ...], change: Callable[[torch.Size], list[int]]) -> tuple[Any, ...]:
+    rows = next((x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.ndim), None)
     return tuple(
-        x.new_empty((change(x.shape[0]), *x.shape[1:]), device="meta")
-        if isinstance(x, torch.Tensor) and x.ndim > 0
+        x.new_empty(change(x.shape), device="meta")
+        if isinstance(x, torch.Tensor) and x.ndim and x.shape[0] == rows
         else x
         for x in inputs
     )
