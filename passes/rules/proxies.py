@@ -47,6 +47,7 @@ class ValueAttribute(fx.proxy.Attribute, ValueProxy):
     """`x.shape` and the like: a value too."""
 
 
+_KINDS = (ValueProxy, ValueAttribute)
 _PATCHING = threading.RLock()
 _LEN = builtins.len
 
@@ -81,7 +82,8 @@ def _lengths_as_sizes() -> Iterator[None]:
 
 
 def _length(value: Any, /) -> Any:
-    if isinstance(value, ValueProxy) and value.tracer.grows_with_batch(value.node):
+    # All code calls this meanwhile: no more than a look at the type.
+    if type(value) in _KINDS and value.tracer.grows_with_batch(value.node):
         return value.size(0)
     return _LEN(value)
 
