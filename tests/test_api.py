@@ -291,8 +291,7 @@ def test_what_is_refused(case: str) -> None:
 
 
 def test_a_model_without_data_is_refused() -> None:
-    with torch.device("meta"):
-        model = make_net()
+    model = make_net().to("meta")
     with pytest.raises(InputError, match=r"Net has parameters without data .*load its weights"):
         halp_fx.compile(model, 0.5, image(), latency="analytic")
 
