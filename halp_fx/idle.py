@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
+
+from halp_fx.random_state import same_random_state
 
 __all__ = ["acts_in_training_only", "is_idle"]
 
@@ -75,11 +75,6 @@ def _in_mode(module: nn.Module, training: bool) -> nn.Module:
 @contextmanager
 def _unseen() -> Iterator[None]:
     """No gradients and no warnings meanwhile, and random numbers as before afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    with torch.no_grad(), same_random_state(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

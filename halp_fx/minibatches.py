@@ -10,12 +10,28 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["device_of", "float_tensors", "inputs_of", "target_of"]
+from halp_fx.errors import InputError
+
+__all__ = ["device_of", "each_of", "float_tensors", "inputs_of", "target_of"]
 
 
 def device_of(module: nn.Module) -> torch.device:
     """Where the parameters are; the CPU where there are none."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def each_of(data: Any) -> Iterator[Any]:
+    """The minibatches of a list or a loader, one after the other.
+
+    Raises:
+        InputError: it is one tensor, or can't hold any.
+    """
+    if not isinstance(data, torch.Tensor):
+        try:
+            return iter(data)
+        except TypeError:
+            pass
+    raise InputError(f"data is a {type(data).__name__}: pass a list of minibatches, or a loader")
 
 
 def inputs_of(batch: Any, device: torch.device) -> tuple[Any, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from halp_fx.passes.rules.widths import Widths
 from halp_fx.passes.saliency import BY_DATA, score
 from halp_fx.passes.select import check_solver, select
 from halp_fx.passes.trace import trace
+from halp_fx.random_state import same_random_state
 from halp_fx.reconstruction import Fit, first_minibatches, refit
 from halp_fx.stepwise import check_steps, narrowed, target_at
 from halp_fx.types import ChannelGroups, IntArray, LatencyModel, Plan, Saliency
@@ -423,7 +423,7 @@ def _latency_limits(also: Any) -> list[tuple[Any, Budget]]:
 def _guarded(model: nn.Module, tell: Progress) -> Iterator[Callable[[str], None]]:
     """Stages that can be told, with gradients, that leave the random state as it was."""
     # Saliency needs gradients.
-    with torch.inference_mode(False), _same_random_state(), _named_stage(model, tell) as stage:
+    with torch.inference_mode(False), same_random_state(), _named_stage(model, tell) as stage:
         yield stage
 
 
@@ -455,19 +455,6 @@ def _removes(plan: Plan) -> bool:
 def _device_of(model: Any) -> str | torch.device:
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
     return next((p.device for p in parameters), torch.device("cpu"))
-
-
-@contextmanager
-def _same_random_state() -> Iterator[None]:
-    """Give the global random generators back as they were, also after an error."""
-    python, numpy = random.getstate(), np.random.get_state()
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 @contextmanager

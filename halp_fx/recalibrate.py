@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from halp_fx.errors import HalpError, InputError
-from halp_fx.minibatches import device_of, float_tensors, inputs_of
+from halp_fx.minibatches import device_of, each_of, float_tensors, inputs_of
 
 __all__ = ["recalibrate"]
 
@@ -36,14 +36,7 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
         InputError: `data` has no batches, or one that is not finite or that the network can't be
             run on. The network is as it was then.
     """
-    try:
-        each = None if isinstance(data, torch.Tensor) else iter(data)
-    except TypeError:
-        each = None
-    if each is None:
-        raise InputError(
-            f"data is a {type(data).__name__}: pass a list of minibatches, or a loader"
-        )
+    each = each_of(data)
     norms = [
         m
         for m in network.modules()

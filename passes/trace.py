@@ -7,10 +7,7 @@ the keys of `state_dict()`, are the model's; the model itself is not changed.
 
 from __future__ import annotations
 
-import itertools
 import keyword
-from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -24,7 +21,7 @@ from halp_fx.passes.rules.agreement import (
     difference_in_size,
 )
 from halp_fx.passes.rules.core import OnMeta, tensors_in
-from halp_fx.passes.rules.source import source_of
+from halp_fx.passes.rules.source import located
 from halp_fx.passes.rules.structure import (
     detached_copy,
     empty_like,
@@ -33,6 +30,7 @@ from halp_fx.passes.rules.structure import (
     without_data,
 )
 from halp_fx.passes.rules.tracer import Tracer, opened_functions
+from halp_fx.passes.rules.training_flags import link_training_flags
 from halp_fx.types import Traced
 
 __all__ = ["trace"]
@@ -110,7 +108,7 @@ class _Attempt:
         self.root = structural_copy(model).eval()  # one that no `forward` has left proxies on
         for constant, value in constants.items():
             setattr(self.root, constant, value)
-        self.other_in_training = _link_training_flags(graph, model, inputs, self.opaque)
+        self.other_in_training = link_training_flags(graph, model, inputs, self.opaque)
         try:
             self.module = fx.GraphModule(self.root, graph, class_name=name)
         except SyntaxError as error:
@@ -138,7 +136,7 @@ class _Attempt:
             learnt = next((node for node in nodes if self._is_learnt(node)), None)
             if learnt is not None:
                 warn_caller(
-                    f"halp_fx: forward of {self.name} has a part under {context}{_at(learnt)}, "
+                    f"halp_fx: forward of {self.name} has a part under {context}{located(learnt)}, "
                     f"which the pruned network does not keep: {_ADVICE[context]}"
                 )
         if self.by_size:
@@ -147,9 +145,9 @@ class _Attempt:
                 size, differs = in_size
                 warn_caller(
                     f"halp_fx: forward of {self.name} decides by the size of the images"
-                    f"{_at(self.by_size[0])}, and the pruned network is one for the size of the "
-                    f"example alone: at {'x'.join(map(str, size))} {differs}. Pass an example of "
-                    "the size that you will use"
+                    f"{located(self.by_size[0])}, and the pruned network is one for the size of "
+                    f"the example alone: at {'x'.join(map(str, size))} {differs}. Pass an example "
+                    "of the size that you will use"
                 )
 
     def _is_learnt(self, node: fx.Node) -> bool:
@@ -178,11 +176,6 @@ def _keywords(graph: fx.Graph) -> list[str]:
     return sorted(part for part in parts if keyword.iskeyword(part))
 
 
-def _at(node: fx.Node) -> str:
-    source = source_of(node)
-    return f" ({source})" if source else ""
-
-
 def _for_any_batch(found: _Attempt, model: nn.Module) -> tuple[_Attempt, str | None]:
     """A graph that holds for any number of images, where there is one.
 
@@ -205,7 +198,7 @@ def _for_any_batch(found: _Attempt, model: nn.Module) -> tuple[_Attempt, str | N
     count, differs = in_batch
     return found, (
         f"halp_fx: forward of {found.name} decides by the first dim of its inputs, in most "
-        f"networks the batch{_at(found.by_batch[0])}, and the pruned network is one for that "
+        f"networks the batch{located(found.by_batch[0])}, and the pruned network is one for that "
         f"of the example alone: with {count} instead, {differs}. Move that code into a submodule, "
         "which is then held whole, or use the network with as many as in the example, in training "
         "too"
@@ -243,128 +236,6 @@ def _trace_graph(
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-
-
-def _link_training_flags(
-    graph: fx.Graph, model: nn.Module, inputs: tuple[Any, ...], opaque: Mapping[str, str]
-) -> str | None:
-    """Constants that are False in eval and True in train mode read `training` when they run.
-
-    Tracing freezes `F.dropout(x, training=self.training)`; a second graph, traced in train mode,
-    shows which constants those are. The count of batches of a batch norm, which is there in train
-    mode only, is left out.
-
-    Returns:
-        Where the two graphs differ in more, and nothing is linked; None where they don't, or where
-        there is no second one.
-    """
-    twin = structural_copy(model).train()
-    try:
-        with nullcontext() if opaque else opened_functions():
-            other = Tracer(inputs, opaque).trace(twin)
-    except Exception:  # noqa: BLE001  whatever it is, the graph traced in eval mode stands
-        return None
-    others = _live(_without_counts(other))
-    nodes = _live(list(graph.nodes))
-    read = {str(node.target): node for node in graph.nodes if node.op == "get_attr"}
-    twins: dict[fx.Node, fx.Node] = {}
-    given: list[tuple[fx.Node, Any, Any]] = []
-
-    def own(used: fx.Node) -> fx.Node:
-        """Which node of the one graph it is; of those that read one tensor, always the same."""
-        return read[str(used.target)] if used.op == "get_attr" else twins.get(used, used)
-
-    for a, b in itertools.zip_longest(_acting(nodes), _acting(others)):
-        if (
-            a is None
-            or b is None
-            or a.op != b.op
-            or str(a.target) != str(b.target)
-            or not all(
-                used in twins or (used.op == "get_attr" and str(used.target) in read)
-                for used in b.all_input_nodes
-            )
-        ):
-            return _where(a, b)
-        args, kwargs = (fx.node.map_arg(x, own) for x in (b.args, b.kwargs))
-        given.append((a, args, kwargs))
-        twins[b] = a
-    flags = []
-    for a, args, kwargs in given:
-        mine, named = (fx.node.map_arg(x, own) for x in (a.args, a.kwargs))
-        if (str(mine), str(named)) != (str(args), str(kwargs)):
-            if not _flag_only(mine, named, args, kwargs):
-                return _where(a, None)
-            flags.append((a, args, kwargs))
-    if not flags:
-        return None
-    first = next(n for n in graph.nodes if n.op != "placeholder")
-    with graph.inserting_before(first):
-        training = graph.create_node("get_attr", "training")
-    for a, args, kwargs in flags:
-        a.args = tuple(_linked(x, y, training) for x, y in zip(a.args, args, strict=True))
-        a.kwargs = {k: _linked(v, kwargs[k], training) for k, v in a.kwargs.items()}
-    return None
-
-
-def _where(a: fx.Node | None, b: fx.Node | None) -> str:
-    """Where two graphs differ first, for people."""
-    node = b if b is not None and b.op != "output" else a
-    assert node is not None
-    return f"first at {node.name}{_at(node)}"
-
-
-def _without_counts(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes, save those that count the batches of a batch norm, which nobody reads."""
-    found = list(graph.nodes)
-    counted: set[fx.Node] = set()
-    for node in graph.nodes:
-        first = node.args[0] if node.args else None
-        if (
-            node.op == "call_method"
-            and node.target == "add_"
-            and isinstance(first, fx.Node)
-            and first.op == "get_attr"
-            and str(first.target).endswith("num_batches_tracked")
-            and not node.users
-        ):
-            found.remove(node)
-            counted.add(first)
-    for first in counted:  # of a norm that runs more than once there is one
-        if not any(user in found for user in first.users):
-            found.remove(first)
-    return found
-
-
-def _live(nodes: list[fx.Node]) -> list[fx.Node]:
-    """Those that something comes of: an output, or a change in place."""
-    live: set[fx.Node] = set()
-    for node in reversed(nodes):
-        name = getattr(node.target, "__name__", str(node.target))
-        in_place = name.endswith("_") or name in ("setitem", *_IN_PLACE)
-        acts = node.op in ("placeholder", "output", "call_module") or node.target is torch._assert
-        if acts or in_place or any(user in live for user in node.users):
-            live.add(node)
-    return [node for node in nodes if node in live]
-
-
-_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
-
-
-def _flag_only(args: Any, kwargs: Any, others: Any, other_kwargs: Any) -> bool:
-    if len(args) != len(others) or kwargs.keys() != other_kwargs.keys():
-        return False
-    pairs = [*zip(args, others, strict=True), *((v, other_kwargs[k]) for k, v in kwargs.items())]
-    return all(str(x) == str(y) or (x is False and y is True) for x, y in pairs)
-
-
-def _acting(nodes: list[fx.Node]) -> list[fx.Node]:
-    """Those that do more than read a tensor."""
-    return [node for node in nodes if node.op != "get_attr"]
-
-
-def _linked(eval_value: Any, train_value: Any, training: fx.Node) -> Any:
-    return training if eval_value is False and train_value is True else eval_value
 
 
 def _check_inputs(root: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from halp_fx.errors import InputError
-from halp_fx.minibatches import device_of, float_tensors, inputs_of
+from halp_fx.minibatches import device_of, each_of, float_tensors, inputs_of
 from halp_fx.passes.rules.structure import named_tensors, substitute_copy
 from halp_fx.reconstruction.checking import held_rows, keep_nearer, restore
 from halp_fx.reconstruction.fit import Fit, Moments, error, solve
@@ -101,11 +101,7 @@ def first_minibatches(data: Any, most: int | None) -> list[Any]:
     Raises:
         InputError: there are none, or `data` can't hold any.
     """
-    if isinstance(data, torch.Tensor) or not isinstance(data, Iterable):
-        raise InputError(
-            f"data is a {type(data).__name__}: pass a list of minibatches, or a loader"
-        )
-    found = list(itertools.islice(data, MINIBATCHES if most is None else most))
+    found = list(itertools.islice(each_of(data), MINIBATCHES if most is None else most))
     if not found:
         raise InputError("data has no batches: pass at least one (inputs, target)")
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +11,14 @@ from torch import nn
 from halp_fx.passes.rules.core import tensors_in
 from halp_fx.passes.rules.structure import detached_copy
 
-__all__ = ["difference", "difference_in_batch", "difference_in_size"]
+__all__ = [
+    "difference",
+    "difference_in_batch",
+    "difference_in_size",
+    "has_rows",
+    "other_sizes",
+    "rows_of",
+]
 
 _T = TypeVar("_T")
 
@@ -113,17 +120,19 @@ def _other_batches(inputs: tuple[Any, ...]) -> Iterator[tuple[int, tuple[Any, ..
 
     Of all inputs with as many rows as the first tensor; others stay as they are.
     """
-    count = _rows(inputs)
+    count = rows_of(inputs)
     for wanted in (1, 2, 3) if count else ():
         if wanted != count:
-            yield wanted, tuple(_repeated(x, wanted) if _has(x, count) else x for x in inputs)
+            yield wanted, tuple(_repeated(x, wanted) if has_rows(x, count) else x for x in inputs)
 
 
-def _rows(inputs: tuple[Any, ...]) -> int:
+def rows_of(inputs: tuple[Any, ...]) -> int:
+    """The first dim of the first tensor, in most networks the batch; 0 where there is none."""
     return next((len(x) for x in inputs if isinstance(x, torch.Tensor) and x.ndim), 0)
 
 
-def _has(value: Any, rows: int) -> bool:
+def has_rows(value: Any, rows: int) -> bool:
+    """Whether it is a tensor with so many."""
     return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == rows
 
 
@@ -140,23 +149,28 @@ def _other_sizes(inputs: tuple[Any, ...]) -> Iterator[tuple[tuple[int, ...], tup
 
     Not on a GPU, where an index out of range, as of a position, ends all work of the process.
     """
-    count = _rows(inputs)
-    images = [x for x in inputs if _has(x, count) and x.ndim > 3]
+    count = rows_of(inputs)
+    images = [x for x in inputs if has_rows(x, count) and x.ndim > 3]
     if not images or any(x.is_cuda for x in tensors_in(list(inputs))):
         return
     size = tuple(images[0].shape[2:])
 
     def changed(x: Any, wanted: tuple[int, ...]) -> Any:
-        if not _has(x, count):
+        if not has_rows(x, count):
             return x
         few = x[:_BATCH]
         return _resized(few, wanted) if x.ndim > 3 and x.shape[2:] == size else few
 
-    for wanted in (
+    for wanted in other_sizes(size):
+        yield wanted, tuple(changed(x, wanted) for x in inputs)
+
+
+def other_sizes(size: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A little larger, and larger by a round number; no two dims by as much."""
+    return (
         tuple(n + n // 8 + 1 + i for i, n in enumerate(size)),
         tuple(n + 32 * (i + 1) for i, n in enumerate(size)),
-    ):
-        yield wanted, tuple(changed(x, wanted) for x in inputs)
+    )
 
 
 def _resized(image: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:

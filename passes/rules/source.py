@@ -8,7 +8,7 @@ import re
 import torch
 from torch import fx
 
-__all__ = ["source_of"]
+__all__ = ["located", "source_of"]
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>.+)')
 _OURS = os.path.dirname(os.path.dirname(os.path.realpath(__file__))) + os.sep
@@ -25,3 +25,9 @@ def source_of(node: fx.Node) -> str:
         code = lines[i + 1].strip() if i + 1 < len(lines) else ""
         return f"{frame['file']}:{frame['line']}: {code}"
     return ""
+
+
+def located(node: fx.Node) -> str:
+    """Where a node comes from, as an addition in brackets to a text; "" where that is unknown."""
+    source = source_of(node)
+    return f" ({source})" if source else ""

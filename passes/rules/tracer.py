@@ -12,11 +12,12 @@ import torch
 from torch import fx, nn
 
 from halp_fx.idle import acts_in_training_only
+from halp_fx.passes.rules.agreement import has_rows, other_sizes, rows_of
 from halp_fx.passes.rules.attention import expand_attention
 from halp_fx.passes.rules.core import OnMeta
 from halp_fx.passes.rules.leaves import module_rule
 from halp_fx.passes.rules.proxies import ValueProxy, plain_function, proxies_as_values
-from halp_fx.passes.rules.source import source_of
+from halp_fx.passes.rules.source import located
 from halp_fx.passes.rules.structure import (
     empty_like,
     named_tensors,
@@ -193,10 +194,8 @@ class Tracer(fx.Tracer):
             self.by_batch.append(node)
             known = [other for other in elsewhere if other is not _UNKNOWN]
             if self.strict and any(other != found for other in known):
-                source = source_of(node)
                 raise fx.proxy.TraceError(
-                    f"Python code decides by {node.name}, which depends on the batch"
-                    + (f" ({source})" if source else "")
+                    f"Python code decides by {node.name}, which depends on the batch{located(node)}"
                 )
         if any(self._answer(node, answer, case) != found for case in _SIZES):
             self.by_size.append(node)
@@ -280,25 +279,20 @@ _CHANGES: dict[str, Callable[[torch.Size], list[int]]] = {
     "one more": lambda shape: [shape[0] + 1, *shape[1:]],
     "one": lambda shape: [3 if shape[0] == 1 else 1, *shape[1:]],
     "twice as many": lambda shape: [2 * shape[0], *shape[1:]],
-    "a little larger": lambda shape: _larger(shape, lambda i, n: n + n // 8 + 1 + i),
-    "larger": lambda shape: _larger(shape, lambda i, n: n + 32 * (i + 1)),
+    "a little larger": lambda shape: _larger(shape, 0),
+    "larger": lambda shape: _larger(shape, 1),
 }
 _BATCHES, _SIZES = list(_CHANGES)[:3], list(_CHANGES)[3:]
 
 
-def _larger(shape: torch.Size, change: Callable[[int, int], int]) -> list[int]:
-    if len(shape) < 4:
-        return list(shape)
-    return [*shape[:2], *(change(i, n) for i, n in enumerate(shape[2:]))]
+def _larger(shape: torch.Size, which: int) -> list[int]:
+    return [*shape[:2], *other_sizes(shape[2:])[which]] if len(shape) > 3 else list(shape)
 
 
 def _changed(inputs: tuple[Any, ...], change: Callable[[torch.Size], list[int]]) -> tuple[Any, ...]:
-    rows = next((x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.ndim), None)
+    rows = rows_of(inputs)
     return tuple(
-        x.new_empty(change(x.shape), device="meta")
-        if isinstance(x, torch.Tensor) and x.ndim and x.shape[0] == rows
-        else x
-        for x in inputs
+        x.new_empty(change(x.shape), device="meta") if has_rows(x, rows) else x for x in inputs
     )
 
 
