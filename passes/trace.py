@@ -39,9 +39,9 @@ __all__ = ["trace"]
 def trace(model: nn.Module, example_inputs: Any = None, *, quiet: bool = False) -> Traced:
     """Trace `model` into a graph and run it once on the example.
 
-    Warns of what the graph does not hold: a part under `torch.no_grad()` or `torch.autocast()`, a
-    train mode that does other things, Python code that decides by the number or the size of the
-    images.
+    Warns of what the graph does not hold: a part under `torch.no_grad()`, `torch.autocast()` or
+    `torch.utils.checkpoint`, a train mode that does other things, Python code that decides by the
+    number or the size of the images.
 
     Args:
         example_inputs: a tensor or a tuple, the positional arguments of the model. None: an
@@ -91,6 +91,8 @@ _ADVICE = {
     "torch.no_grad()": "gradients will flow there; set requires_grad of parameters that are to "
     "stay to False",
     "torch.autocast()": "run the whole of it under autocast instead",
+    "torch.utils.checkpoint": "it computes the same, and in training keeps those activations in "
+    "memory",
 }
 
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import halp_fx
 from halp_fx.errors import TraceError
 from halp_fx.idle import acts_in_training_only, is_idle
+from halp_fx.passes.rules.checkpointing import in_checkpoint
 from halp_fx.passes.trace import trace
 from tests import oracle
 
@@ -345,6 +347,56 @@ def test_parts_of_mixed_precision_are_told() -> None:
 
     with pytest.warns(UserWarning, match=r"part under torch\.autocast\(\) .*run the whole of it"):
         trace(network(forward), torch.randn(2, 3, 8, 8))
+
+
+def kept_apart(self: Any, x: Tensor) -> Any:
+    return self.head(checkpoint(self.features, x, use_reentrant=False))
+
+
+def kept_apart_by_its_module(self: Any, x: Tensor) -> Any:
+    x = torch.utils.checkpoint.checkpoint(self.features, x, use_reentrant=True)
+    return self.head(x)
+
+
+def kept_apart_in_segments(self: Any, x: Tensor) -> Any:
+    layers = [self.first, F.relu, self.second, F.relu]
+    return self.head(checkpoint_sequential(layers, 2, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("forward", [kept_apart, kept_apart_by_its_module, kept_apart_in_segments])
+def test_checkpoints_are_opened_and_told(forward: Forward) -> None:
+    model, x = network(forward), torch.randn(2, 3, 8, 8)
+    with pytest.warns(UserWarning, match=r"part under torch\.utils\.checkpoint .*in memory"):
+        traced = trace(model, x)
+    assert [n.target for n in traced.module.graph.nodes if n.op == "call_module"] == [
+        "first", "second", "head",
+    ]  # fmt: skip
+    torch.testing.assert_close(traced.module(x), model(x))
+
+
+def test_what_is_under_a_checkpoint_takes_its_own_arguments() -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        def scaled(y: Tensor, *, by: float) -> Tensor:
+            return by * self.first(y)
+
+        return self.second(checkpoint(scaled, x, use_reentrant=False, by=3.0))
+
+    model, x = network(forward), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(trace(model, x, quiet=True).module(x), model(x))
+
+
+def test_checkpoints_are_checkpoints_again_after_an_error() -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        def fails(y: Tensor) -> Tensor:
+            raise ValueError("no")
+
+        return checkpoint(fails, x, use_reentrant=False)
+
+    before = checkpoint
+    with pytest.raises(TraceError, match="ValueError: no"):
+        trace(network(forward), torch.randn(2, 3, 8, 8))
+    assert checkpoint is before is torch.utils.checkpoint.checkpoint
+    assert not in_checkpoint()
 
 
 def test_outputs_of_another_precision_are_refused() -> None:

@@ -14,6 +14,7 @@ from torch import fx, nn
 from halp_fx.idle import acts_in_training_only
 from halp_fx.passes.rules.agreement import has_rows, other_sizes, rows_of
 from halp_fx.passes.rules.attention import expand_attention
+from halp_fx.passes.rules.checkpointing import in_checkpoint, opened_checkpoints
 from halp_fx.passes.rules.core import OnMeta
 from halp_fx.passes.rules.leaves import module_rule
 from halp_fx.passes.rules.proxies import ValueProxy, plain_function, proxies_as_values
@@ -85,7 +86,7 @@ class Tracer(fx.Tracer):
         self._cases: dict[str, _Evaluation] = {}
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        with proxies_as_values():
+        with proxies_as_values(), opened_checkpoints():
             return super().trace(root, concrete_args)
 
     def stays_whole(self, m: nn.Module, path: str) -> bool:
@@ -266,10 +267,12 @@ _DEVICES = ("cpu", "cuda")
 
 
 def _contexts() -> set[str]:
-    """Which `with` blocks of PyTorch this runs in that a graph does not hold."""
+    """What of PyTorch this runs in that a graph does not hold: `with` blocks, a checkpoint."""
     found = set() if torch.is_grad_enabled() else {"torch.no_grad()"}
     if any(torch.is_autocast_enabled(device) for device in _DEVICES):
         found.add("torch.autocast()")
+    if in_checkpoint():
+        found.add("torch.utils.checkpoint")
     return found
 
 

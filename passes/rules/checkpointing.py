@@ -1,0 +1,57 @@
+"""Activation checkpointing: what it calls is traced as if it were called without."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch.utils import checkpoint as library
+
+__all__ = ["in_checkpoint", "opened_checkpoints"]
+
+_OPTIONS = {"use_reentrant", "preserve_rng_state"} | {
+    name
+    for name, parameter in inspect.signature(library.checkpoint).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+}
+_inside = ContextVar("_inside", default=False)
+
+
+def in_checkpoint() -> bool:
+    """Whether what is traced now is under `torch.utils.checkpoint`."""
+    return _inside.get()
+
+
+def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    token = _inside.set(True)
+    try:
+        return function(*args, **{k: v for k, v in kwargs.items() if k not in _OPTIONS})
+    finally:
+        _inside.reset(token)
+
+
+@contextmanager
+def opened_checkpoints() -> Iterator[None]:
+    """While this lasts, `torch.utils.checkpoint.checkpoint` calls its function and no more.
+
+    It asks its arguments for their device and their storage, which what is traced does not have.
+    """
+    original = library.checkpoint
+    # Most files have the function by a name of their own: from torch.utils.checkpoint import ...
+    holders = [
+        (space, name)
+        for space in [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]
+        for name, value in list(space.items())
+        if value is original
+    ]
+    for space, name in holders:
+        space[name] = _called
+    try:
+        yield
+    finally:
+        for space, name in holders:
+            space[name] = original
