@@ -467,6 +467,7 @@ def _with_plan(plan: Any) -> fx.GraphModule:
     ("network", "message"),
     [
         (lambda: _calling(custom_function), r"node 'custom_function'.*test_recipe\.custom_func"),
+        (lambda: _calling(Custom), r"the class .*test_recipe\.Custom .*a tuple or a dict"),
         (lambda: _calling(getattr, "__class__"), "attribute '__class__'"),
         (lambda: _with_argument(object()), "value of class builtins.object"),
         (

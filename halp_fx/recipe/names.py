@@ -146,6 +146,11 @@ def function_name(function: Callable[..., Any], where: str) -> str:
             return candidate
     module = getattr(function, "__module__", None) or "?"
     name = getattr(function, "__qualname__", None) or repr(function)
+    if isinstance(function, type):
+        raise RecipeError(
+            f"{where}: the class {module}.{name} can't be saved, as a recipe holds no code: return "
+            "a tuple or a dict in its place, or use halp_fx.export_onnx, which stores the tensors"
+        )
     raise RecipeError(
         f"{where}: the function {module}.{name} can't be saved, as a recipe holds no code: only "
         "functions of torch, torch.nn.functional, operator, math and torchvision can be named. "
