@@ -20,7 +20,7 @@ from halp_fx.tools.experiments.accuracy_report import compared, page, write_repo
 from halp_fx.tools.experiments.accuracy_run import Plan, run
 from halp_fx.tools.experiments.accuracy_statistics import paired, sign_test
 from halp_fx.tools.experiments.accuracy_task import Candidate, Settings, Task
-from halp_fx.tools.experiments.accuracy_tune import best_tuned, tune
+from halp_fx.tools.experiments.accuracy_tune import Remembering, best_tuned, tune
 from tests.accuracy_task import tiny_task
 
 
@@ -180,6 +180,18 @@ def test_a_teacher_makes_a_difference(task: Task) -> None:
     plain, distilled, again = (network.linear.weight for network in networks)
     assert torch.equal(plain, again)
     assert not torch.allclose(plain, distilled)
+
+
+def test_a_teacher_is_asked_once_for_each_minibatch(task: Task) -> None:
+    asked: list[int] = []
+    teacher = deepcopy(task.dense)
+    teacher.register_forward_hook(lambda *args: asked.append(1))
+    remembering = Remembering(teacher).eval()
+    images = [task.train.inputs(slice(start, start + 8)) for start in (0, 8)]
+    with torch.no_grad():
+        for x in (*images, images[0].clone(), images[1].flip(3).flip(3)):
+            torch.testing.assert_close(remembering(x), task.dense(x), rtol=0, atol=0)
+    assert len(asked) == 2
 
 
 def test_each_network_has_the_rate_that_suits_it(task: Task) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -14,7 +15,25 @@ from halp_fx.tools.experiments.accuracy_data import Batches, correct
 from halp_fx.tools.experiments.accuracy_task import Task
 from halp_fx.training import Distillation, fine_tune
 
-__all__ = ["best_tuned", "random_devices", "tune"]
+__all__ = ["Remembering", "best_tuned", "random_devices", "tune"]
+
+
+class Remembering(nn.Module):
+    """A network that runs once on each minibatch: all methods and rates train on the same ones.
+
+    Minibatches are told apart by what is in them. For a network in eval mode, without gradients.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self._known: dict[bytes, torch.Tensor] = {}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        key = hashlib.sha256(images.contiguous().cpu().numpy().data).digest()
+        if key not in self._known:
+            self._known[key] = self.network(images).cpu()
+        return self._known[key].to(images.device)
 
 
 def best_tuned(
@@ -96,7 +115,7 @@ def tune(
     data = Batches(task.train, settings.batch, seed, left, settings.shift, skip=used)
     loss: Any = task.loss
     if (recovery or settings.recovery) == "distilled":
-        teacher = task.once("teacher", lambda: deepcopy(task.dense).to(task.device))
+        teacher = task.once("teacher", lambda: Remembering(deepcopy(task.dense).to(task.device)))
         loss = Distillation(teacher, alpha=settings.alpha)
     optimizer = torch.optim.SGD(
         network.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=1e-4
