@@ -27,8 +27,9 @@ def summarize(plan: Plan) -> dict[str, Any]:
     Returns:
         A dict that `json` can write: `model`, `saliency`, `data_free`, `latency_ms` (by the
         table), `measured_ms` (None where the network was not measured), `met` (by measurement, if
-        there is one), `gap`, `value_kept`, `solver`, `state_size` (numbers in the state
-        dict), `groups`, `pins`, `opaque` and `facts` (what the stages noted).
+        there is one), `also` (the same of each latency that is limited besides), `gap`,
+        `value_kept`, `solver`, `state_size` (numbers in the state dict), `groups`, `pins`,
+        `opaque` and `facts` (what the stages noted).
     """
     dense, kept = _state_size(plan)
     groups = [
@@ -52,6 +53,7 @@ def summarize(plan: Plan) -> dict[str, Any]:
         },
         "measured_ms": _measured(plan.report),
         "met": plan.report.get("met", plan.predicted_ms <= plan.budget_ms),
+        "also": [_further(entry) for entry in plan.report.get("also", ())],
         "gap": plan.gap,
         "value_kept": plan.value / plan.dense_value if plan.dense_value else 0.0,
         "solver": plan.solver,
@@ -127,6 +129,20 @@ def _merge_pins(pins: tuple[Pin, ...]) -> list[dict[str, Any]]:
     ]
 
 
+def _further(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A latency that is limited besides: measured where it was, else by its table."""
+    measured = "measured_ms" in entry
+    pruned = entry["measured_ms"] if measured else entry["predicted_ms"]
+    budget = entry["measured_budget_ms"] if measured else entry["budget_ms"]
+    return {
+        "backend": entry["backend"],
+        "measured": measured,
+        "pruned_ms": pruned,
+        "budget_ms": budget,
+        "met": entry.get("met", pruned <= budget),
+    }
+
+
 def _verdict(summary: Mapping[str, Any]) -> str:
     latency, measured = summary["latency_ms"], summary["measured_ms"]
     met = "meets" if summary["met"] else "**misses**"
@@ -140,6 +156,13 @@ def _verdict(summary: Mapping[str, Any]) -> str:
             f"Measured, the pruned network takes {_ms(measured['pruned'])}{_spread(measured)} and "
             f"{met} the budget of {_ms(measured['budget'])}; by the latency table it takes "
             f"{_ms(latency['predicted'])}."
+        )
+    for further in summary["also"]:
+        first += (
+            f" By {further['backend']} it takes {_ms(further['pruned_ms'])}"
+            f"{'' if further['measured'] else ' by the table'} and "
+            f"{'meets' if further['met'] else '**misses**'} the budget of "
+            f"{_ms(further['budget_ms'])}."
         )
     first += _outside(summary["facts"])
     kind = f"Channels were scored by `{summary['saliency']}`"

@@ -49,6 +49,8 @@ class Traced:
     # Graph node -> what it gave for the example: tensors without data (device "meta"), numbers ...
     values: Mapping[str, Any]
     model_name: str  # class of the caller's model, for messages
+    # Graph node -> floating point operations for the example, of modules that nobody looks into.
+    flops: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,9 @@ class Work:
 
     node: str
     op: str  # ATen name
-    kind: str  # "contraction", "pointwise", "view" (moves nothing) or "other"
+    # "contraction", "pointwise", "view" (moves nothing), "other", or "whole": a node that nobody
+    # looks into
+    kind: str
     # Floating point operations: `flops` times the product of the sizes of `factors`.
     flops: float
     factors: tuple[Extent, ...]

@@ -86,7 +86,7 @@ def _search(
 ) -> _Found:
     """Run on labels, then pin around what can't be shrunk until all agrees."""
     run = LabelRun(exact=exact, prefer=prefer)
-    work = WorkLog(run)
+    work = WorkLog(run, traced)
     interpreter, own = label_discovery(traced, run)
     if scope is not None:
         run.pins.extend(scope.pins(run.blocks))

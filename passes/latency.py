@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from halp_fx.errors import InputError, LatencyError
+from halp_fx.errors import InputError, LatencyError, warn_caller
 from halp_fx.latency import Analytic, Calibration, Job, Source, Stored, measure_jobs
 from halp_fx.passes.rules.counts import parameter_counts
 from halp_fx.passes.rules.cut import cut, signature
@@ -151,10 +151,13 @@ def measure_widths(
     if isinstance(source.backend, Analytic | Stored) or source.table is None:
         return
     jobs = []
+    whole = {item.node for item in groups.work if item.kind == "whole"}
     for kept in choices:
         units = dict(enumerate(kept))
         for k, key in _keys(groups, model, units).items():
-            jobs.append(Job(key, _builder(groups, model.kernels[k].nodes, units)))
+            nodes = model.kernels[k].nodes
+            optional = not whole.isdisjoint(nodes)
+            jobs.append(Job(key, _builder(groups, nodes, units), optional))
     measure_jobs(jobs, source.backend, source.table, progress=_counting(progress))
 
 
@@ -352,23 +355,47 @@ def _measured(
             raise LatencyError(f"the table has no time for {signature(groups, nodes, kept)}")
         return ms
 
+    unknown = [g for g in grids if g.part.is_whole and not _is_known(g, time_of)]
+    _tell_unknown(groups, unknown)
     left: dict[int, Kernel] = {}
     for k, grid in rests.items():
         # A table that was made elsewhere may not have them.
-        if all(time_of(grid.part.nodes, kept) is not None for kept in grid.points()):
+        if _is_known(grid, time_of):
             left[k] = grid.kernel(look_up, [0] * len(grid.axes))
-    kernels = [grid.kernel(look_up, steps_of(grid, probed, time_of)) for grid in grids]
+    kernels = [
+        grid.kernel(_no_time if grid in unknown else look_up, steps_of(grid, probed, time_of))
+        for grid in grids
+    ]
     return kernels, left
 
 
+def _no_time(nodes: tuple[str, ...], kept: Kept) -> float:
+    return 0.0
+
+
+def _is_known(grid: Grid, time_of: Callable[[tuple[str, ...], Kept], float | None]) -> bool:
+    return all(time_of(grid.part.nodes, kept) is not None for kept in grid.points())
+
+
+def _tell_unknown(groups: ChannelGroups, unknown: Sequence[Grid]) -> None:
+    """Warn of nodes that nobody looks into and that could not be measured alone."""
+    if unknown:
+        names = ", ".join(grid.part.nodes[0] for grid in unknown)
+        warn_caller(
+            f"halp_fx: {names} of {groups.traced.model_name} can't be measured alone, on random "
+            "inputs of the shapes that it takes; the predicted latencies are without it. What is "
+            "measured of the whole network has it"
+        )
+
+
 def _jobs(groups: ChannelGroups, grids: Iterable[Grid], probed: Iterable[Probe]) -> list[Job]:
-    wanted = [(grid.part.nodes, kept) for grid in grids for kept in grid.points()]
-    wanted += [(probe.nodes, kept) for probe in probed for _, kept in probe.points]
+    wanted = [(g.part.nodes, kept, g.part.is_whole) for g in grids for kept in g.points()]
+    wanted += [(probe.nodes, kept, False) for probe in probed for _, kept in probe.points]
     jobs: dict[str, Job] = {}
-    for nodes, kept in wanted:
+    for nodes, kept, optional in wanted:
         key = signature(groups, nodes, kept)
         if key not in jobs:
-            jobs[key] = Job(key, _builder(groups, nodes, kept))
+            jobs[key] = Job(key, _builder(groups, nodes, kept), optional)
     return list(jobs.values())
 
 

@@ -8,11 +8,13 @@ the keys of `state_dict()`, are the model's; the model itself is not changed.
 from __future__ import annotations
 
 import keyword
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.flop_counter import FlopCounterMode
 
 from halp_fx.errors import InputError, TraceError, warn_caller
 from halp_fx.passes.rules.agreement import (
@@ -21,6 +23,7 @@ from halp_fx.passes.rules.agreement import (
     difference_in_size,
 )
 from halp_fx.passes.rules.core import OnMeta, tensors_in
+from halp_fx.passes.rules.leaves import module_rule
 from halp_fx.passes.rules.source import located
 from halp_fx.passes.rules.structure import (
     detached_copy,
@@ -84,6 +87,7 @@ def trace(model: nn.Module, example_inputs: Any = None, *, quiet: bool = False) 
         opaque=found.opaque,
         values=found.values,
         model_name=name,
+        flops=found.flops,
     )
 
 
@@ -123,7 +127,7 @@ class _Attempt:
             own.training = False
             if path in self.opaque:
                 own.eval()
-        self.values = _record(self.root, self.module, inputs, name)
+        self.values, self.flops = _record(self.root, self.module, inputs, name, self.opaque)
         self.inputs, self.name = inputs, name
 
     def tell_limits(self) -> None:
@@ -261,22 +265,56 @@ def _describe(inputs: tuple[Any, ...]) -> str:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what each node gave, without the data."""
+    """Runs a graph and keeps what each node gave, without the data, and what some computed."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, opaque: Mapping[str, str]) -> None:
         super().__init__(module)
+        self.opaque = opaque
         self.values: dict[str, Any] = {}
+        self.flops: dict[str, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        if self._is_closed(n):
+            with FlopCounterMode(display=False) as counter:
+                value = super().run_node(n)
+            self.flops[n.name] = float(counter.get_total_flops()) or self._recurrent_flops(n)
+        else:
+            value = super().run_node(n)
         self.values[n.name] = without_data(value)
         return value
 
+    def _recurrent_flops(self, n: fx.Node) -> float:
+        """Of a recurrent layer, which runs as one operator: each weight once for each step."""
+        module = self.fetch_attr(str(n.target))
+        steps = self.env.get(n.args[0]) if n.args and isinstance(n.args[0], fx.Node) else None
+        if not isinstance(module, nn.RNNBase) or not isinstance(steps, torch.Tensor):
+            return 0.0
+        weights = sum(p.numel() for p in module.parameters() if p.dim() == 2)
+        return 2.0 * weights * steps.numel() / steps.shape[-1]
+
+    def _is_closed(self, n: fx.Node) -> bool:
+        """Whether it is a module that nobody may look into later."""
+        if n.op != "call_module":
+            return False
+        module = self.fetch_attr(str(n.target))
+        return (
+            n.target in self.opaque
+            or isinstance(module, nn.RNNBase)
+            or module_rule(module) is not None
+        )
+
 
 def _record(
-    root: nn.Module, module: fx.GraphModule, inputs: tuple[Any, ...], name: str
-) -> dict[str, Any]:
-    """What each node gives: on tensors without data where that works, else on the example."""
+    root: nn.Module,
+    module: fx.GraphModule,
+    inputs: tuple[Any, ...],
+    name: str,
+    opaque: Mapping[str, str],
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """What each node gives: on tensors without data where that works, else on the example.
+
+    Beside it the operations of those that nobody may look into.
+    """
     count = sum(1 for n in module.graph.nodes if n.op == "placeholder")
     if len(inputs) > count:
         _check_inputs(root, inputs)
@@ -286,21 +324,21 @@ def _record(
         tensors = {
             id(t): empty_like(t) for store in (module.parameters(), module.buffers()) for t in store
         }
-        recorder = _Recorder(substitute_copy(module, tensors))
+        recorder = _Recorder(substitute_copy(module, tensors), opaque)
         try:
             with torch.no_grad(), OnMeta():
                 recorder.run(*without_data(given))
-            return recorder.values
+            return recorder.values, recorder.flops
         except Exception:  # noqa: BLE001, S110  the example itself decides
             pass
-    recorder = _Recorder(cast(fx.GraphModule, detached_copy(module)))
+    recorder = _Recorder(cast(fx.GraphModule, detached_copy(module)), opaque)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(module)):
             recorder.run(*given)
     except Exception as error:
         _check_inputs(root, inputs)
         raise TraceError(f"the graph of {name} does not run: {_first_line(error)}") from error
-    return recorder.values
+    return recorder.values, recorder.flops
 
 
 def _cuda_devices(module: nn.Module) -> list[int]:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+import halp_fx
 from halp_fx.latency import LatencyTable, Torch
+from halp_fx.pipeline import Prepared
 from halp_fx.tools import bench_latency
 from halp_fx.tools.bench_speedup import speedups
 from tests.test_cli import NET, ok, refused
@@ -108,6 +110,25 @@ def test_a_network_that_the_device_can_not_hold(
     rows = rows_of(tmp_path / "speedup.csv")
     assert [(row["batch"], row["remark"]) for row in rows] == [("2", "out of memory"), ("1", "")]
     assert rows[0]["measured"] == "" and float(rows[1]["measured"]) > 0
+
+
+def test_a_budget_that_fails_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune = Prepared.prune
+
+    def failing(self: Prepared, budget: halp_fx.Budget) -> Any:
+        if budget.share == 0.8:
+            raise RuntimeError("no engine was found")
+        return prune(self, budget)
+
+    monkeypatch.setattr("halp_fx.tools.profiler.Torch", steady)
+    monkeypatch.setattr(Prepared, "prune", failing)
+    ok("bench", "speedup", "--models", SMALL, "--backend", "torch", "--budgets", "0.9,0.8,0.7",
+       "-o", tmp_path)  # fmt: skip
+    rows = rows_of(tmp_path / "speedup.csv")
+    assert [row["remark"] for row in rows] == ["", "no engine was found", ""]
+    assert [bool(row["measured"]) for row in rows] == [True, False, True]
 
 
 def test_mistakes(tmp_path: Path) -> None:

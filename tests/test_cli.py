@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner, Result
@@ -20,6 +22,7 @@ import halp_fx
 from halp_fx.errors import DependencyError, HalpError, InputError
 from halp_fx.tools import demo, models
 from halp_fx.tools.cli import app, main
+from halp_fx.tools.prune import further_latencies, summary_table
 
 NET = f"{__name__}:make_net"
 COMMANDS: tuple[list[str], ...] = (
@@ -288,6 +291,79 @@ def test_prune_refuses_wrong_options(tmp_path: Path) -> None:
     assert "solver is 'best'" in refused(*fixed, "-b", 0.5, "--solver", "best")
     assert "params of the budget is -1.0" in refused(*fixed, "--params=-1")
     assert "min_share is 2.0" in refused(*fixed, "-b", 0.5, "--min-share", 2)
+    assert "leave `also` out" in refused(
+        *fixed, "-b", 0.5, "--also", "analytic=0.5", "--solver", "halp"
+    )
+
+
+def rows_of(text: str, start: str) -> list[str]:
+    """Rows of the table at the end, from where they start so."""
+    return [" ".join(line.split()) for line in text.splitlines() if start in line]
+
+
+def test_prune_within_further_latencies(tmp_path: Path) -> None:
+    fixed = ("prune", NET, "-b", 0.9, "--latency", "analytic", "--no-onnx", "-o", tmp_path)
+    (row,) = rows_of(ok(*fixed, "--also", "analytic=50%"), "also analytic")
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    (entry,) = report["facts"]["also"]
+    assert entry["budget_ms"] == pytest.approx(0.5 * entry["dense_ms"])
+    assert report["latency_ms"]["predicted"] == entry["predicted_ms"] <= entry["budget_ms"]
+    assert "also analytic, met" in row
+    assert f"{entry['predicted_ms']:.3f} of {entry['budget_ms']:.3f} ms by the table" in row
+    two = rows_of(ok(*fixed, "--also", "analytic=0.7", "--also", " analytic = 9s"), "also analytic")
+    assert "also analytic (1), met" in two[0]
+    assert "also analytic (2), met" in two[1]
+    assert "of 9000.000 ms" in two[1]
+
+
+def test_a_further_latency_is_measured(tmp_path: Path) -> None:
+    fixed = ("prune", NET, "-b", 0.9, "--latency", "analytic", "--no-onnx", "-o", tmp_path)
+    (row,) = rows_of(ok(*fixed, "--also", "torch=9s"), "also torch")
+    (entry,) = json.loads((tmp_path / "report.json").read_text())["facts"]["also"]
+    assert entry["met"]
+    assert "also torch, met" in row
+    spread = f"{entry['measured_ms']:.3f} +- {entry['measured_spread_ms']:.3f}"
+    assert f"{spread} of 9000.000 ms measured" in row
+
+
+def test_a_further_latency_that_is_missed_is_told() -> None:
+    model, x = make_chain()
+    plan = halp_fx.plan_of(halp_fx.compile(model, 0.5, x, latency="analytic"))
+    assert further_latencies(plan) == []
+    entry = {"backend": "[board]", "predicted_ms": 3.0, "budget_ms": 2.0}
+    measured = {"measured_ms": 1.5, "measured_spread_ms": 0.1, "measured_budget_ms": 1.4}
+    entries = [entry, {**entry, **measured, "met": False}]
+    plan = replace(plan, report={**plan.report, "also": entries})
+    assert further_latencies(plan) == [
+        ("[board] (1)", "3.000 of 2.000 ms by the table", False),
+        ("[board] (2)", "1.500 +- 0.100 of 1.400 ms measured", False),
+    ]
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(summary_table(plan))
+    assert "also [board] (2), missed" in captured.get()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("torch", "--also torch: give LATENCY=BUDGET, as --also torch=0.7"),
+        ("=4ms", "--also =4ms: give LATENCY=BUDGET"),
+        ("torch=", "--also torch=: give LATENCY=BUDGET"),
+        ("torch=soon", "--also torch=soon: the budget 'soon' can't be parsed"),
+        ("torch=7", "--also torch=7: the budget 7.0 is above 1"),
+        ("tpu=0.5", "--also tpu=0.5: there is no back-end 'tpu' and no such file; give torch"),
+        ("no=w/b.sqlite=4ms", "--also no=w/b.sqlite=4ms: there is no latency table no=w/b.sqlite"),
+    ],
+)
+@pytest.mark.parametrize("command", ["prune", "sweep"])
+def test_further_latencies_that_are_none(
+    command: str, text: str, message: str, tmp_path: Path
+) -> None:
+    budget = ("-b", 0.5) if command == "prune" else ("--budgets", 0.5)
+    fixed = (command, NET, *budget, "--latency", "analytic", "-o", tmp_path / "out")
+    assert message in refused(*fixed, "--also", "analytic=0.9", "--also", text)
+    assert not (tmp_path / "out").exists()
 
 
 def test_prune_scores_by_samples(tmp_path: Path) -> None:
@@ -346,6 +422,9 @@ def test_prune_refuses_what_can_not_be(tmp_path: Path) -> None:
     assert "is a file" in refused("prune", NET, "-b", "0.5", "-o", tmp_path / "file")
     assert "no latency table" in refused(
         "prune", NET, "-b", "0.5", "--latency", tmp_path / "t.sqlite", "-o", tmp_path
+    )
+    assert "--latency tpu: there is no back-end 'tpu'" in refused(
+        "prune", NET, "-b", "0.5", "--latency", "tpu", "-o", tmp_path
     )
     assert not (tmp_path / "model.safetensors").exists()
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +21,12 @@ import torch
 from torch import nn
 
 import halp_fx
-from halp_fx.errors import DependencyError
+from halp_fx.errors import DependencyError, InputError, LatencyError, RecipeError
 from halp_fx.latency import Analytic, Calibration, LatencyTable, Source, Stored, Torch
 from halp_fx.passes.latency import network_key
 from halp_fx.tools import advice, profiler, sweep
 from tests.test_cli import NET, call, ok, refused
+from tests.test_verification import Net, Overhead, X
 
 __all__: list[str] = []
 
@@ -64,14 +68,19 @@ def test_a_table_that_prune_reads(tmp_path: Path) -> None:
     ok("prune", WIDE, "-b", "0.9", "--latency", table, "-o", tmp_path / "out", "--no-onnx")
 
 
-def test_a_table_of_another_device(tmp_path: Path) -> None:
-    table, folder = tmp_path / "net.sqlite", tmp_path / "out"
-    ok("profile", WIDE, "--backend", "torch", "--threads", 1, "--calibrate", 0, "-o", table)
+def make_foreign(table: Path) -> None:
+    """Say that another device has taken the times in a table."""
     with sqlite3.connect(table) as connection:
         (text,) = connection.execute("SELECT text FROM fingerprints").fetchone()
         there = json.dumps({**json.loads(text), "cores": 4096}, sort_keys=True)
         connection.execute("UPDATE fingerprints SET text = ?", (there,))
     connection.close()
+
+
+def test_a_table_of_another_device(tmp_path: Path) -> None:
+    table, folder = tmp_path / "net.sqlite", tmp_path / "out"
+    ok("profile", WIDE, "--backend", "torch", "--threads", 1, "--calibrate", 0, "-o", table)
+    make_foreign(table)
     prune = ("prune", WIDE, "-b", "0.9", "-o", folder, "--no-onnx", "--latency")
     result = call(*prune, table)
     assert result.exit_code == 2
@@ -85,6 +94,27 @@ def test_a_table_of_another_device(tmp_path: Path) -> None:
     assert (folder / "model.safetensors").is_file()
     assert "--foreign is for --latency with" in refused(*prune, "torch", "--foreign")
     assert "there is no latency table" in refused(*prune, tmp_path / "no.sqlite", "--foreign")
+
+
+def test_a_further_table_of_another_device(tmp_path: Path) -> None:
+    own, board, folder = tmp_path / "own.sqlite", tmp_path / "board.sqlite", tmp_path / "out"
+    ok("profile", WIDE, "--backend", "torch", "--threads", 1, "--calibrate", 0, "-o", own)
+    shutil.copy(own, board)
+    make_foreign(board)
+    prune = ("prune", WIDE, "-b", "0.95", "-o", folder, "--no-onnx", "--latency")
+    assert "--foreign" in call(*prune, "analytic", "--also", f"{board}=0.9").stderr
+    assert not folder.exists()
+    for latency in ("analytic", own):
+        with pytest.warns(UserWarning, match="made on another device"):
+            text = ok(*prune, latency, "--also", f"{board}=0.9", "--foreign")
+        facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))["facts"]
+        assert json.loads(facts["also"][0]["device"])["cores"] == 4096
+        assert "4096" not in facts["device"]
+        assert "by the table" in next(line for line in text.splitlines() if "also torch" in line)
+    both = refused(*prune, own, "--also", f"{own}=0.9", "--foreign")
+    assert f"--foreign: {own} and {own} are of this device: leave it out" in both
+    assert "has no timings of another device" in refused(*prune, own, "--foreign")
+    assert "--foreign is for" in refused(*prune, "torch", "--also", "analytic=0.9", "--foreign")
 
 
 def test_a_batch_size(tmp_path: Path) -> None:
@@ -259,6 +289,87 @@ def test_sweep(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "out" / "sweep.svg").read_text(encoding="utf-8")
     small = halp_fx.load(tmp_path / "out" / "0.5.safetensors")
     assert small(torch.randn(2, 3, 8, 8)).shape == (2, 4)
+
+
+def swept(folder: Path, *options: object) -> dict[str, dict[str, str]]:
+    """Budget -> its row, of SMALL by computed costs."""
+    ok("sweep", SMALL, "--latency", "analytic", "-o", folder, *options)
+    with (folder / "sweep.csv").open(newline="", encoding="utf-8") as opened:
+        return {row["budget"]: row for row in csv.DictReader(opened)}
+
+
+def test_limits_hold_at_each_budget_of_a_sweep(tmp_path: Path) -> None:
+    budgets = ("--budgets", "0.9,0.5")
+    free = swept(tmp_path, *budgets)
+    dense = sum(p.numel() for p in Small().parameters())
+    assert int(free["0.9"]["params"]) > 0.6 * dense
+    limited = swept(tmp_path, *budgets, "--params", 0.6)
+    assert all(int(row["params"]) <= 0.6 * dense for row in limited.values())
+    assert limited["0.9"]["budget_ms"] == free["0.9"]["budget_ms"]
+    most = int(free["0.9"]["macs"]) - 1
+    assert int(swept(tmp_path, *budgets, "--macs", most)["0.9"]["macs"]) <= most
+    within = swept(tmp_path, *budgets, "--memory", 0.6, "--also", "analytic=0.6")["0.9"]
+    assert float(within["predicted_ms"]) <= 0.6 * float(within["dense_ms"])
+    assert within["met"] == "True"
+    assert within["remark"] == ""
+    tight = swept(tmp_path, *budgets, "--memory", 1e-3)
+    assert all("can't be met" in row["remark"] for row in tight.values())
+    refusing = ("sweep", SMALL, "--latency", "analytic", "-o", tmp_path / "none")
+    assert "macs of the budget is -1.0" in refused(*refusing, "--macs=-1")
+    assert "'halp' takes a limit on latency alone" in refused(
+        *refusing, "--params", 0.5, "--solver", "halp"
+    )
+
+
+class Refusing(Overhead):
+    """Runs no whole network that has less than 0.7 of the dense one's parameters."""
+
+    def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
+        whole = len(list(module.parameters())) == len(list(Net().parameters()))
+        least = 0.7 * sum(p.numel() for p in Net().parameters())
+        if whole and sum(p.numel() for p in module.parameters()) < least:
+            raise LatencyError("the device went away\n  while it measured")
+        return super().prepare(module, inputs)
+
+
+def test_an_error_at_one_budget_is_a_remark(tmp_path: Path) -> None:
+    with LatencyTable.open(":memory:") as table:
+        points = sweep.sweep(
+            Net(), ["0.9", "0.5", "0.8"], (X,), tmp_path,
+            options={"latency": "analytic", "also": [(Source(Refusing("own", 0.0), table), "60s")]},
+        )  # fmt: skip
+    assert [point.met for point in points] == [True, False, True]
+    assert [point.remark for point in points] == [
+        "",
+        "the device went away while it measured",
+        "",
+    ]
+    assert points[1].predicted_ms is None
+    with pytest.raises(InputError, match="no back-end and no existing file"):
+        sweep.sweep(Net(), ["0.9"], (X,), tmp_path, options={"latency": "tpu"})
+
+
+def test_a_network_that_can_not_be_saved_keeps_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise RecipeError("the disk is full")
+
+    monkeypatch.setattr(halp_fx, "save", full)
+    (row,) = swept(tmp_path, "--budgets", "0.5", "--save").values()
+    assert row["remark"] == "the disk is full"
+    assert row["met"] == "True"
+
+
+def test_a_further_latency_that_is_missed_is_a_remark(tmp_path: Path) -> None:
+    with LatencyTable.open(":memory:") as table:
+        slow = Source(Overhead("slow", 1e6), table)  # no width makes it much faster
+        (point,) = sweep.sweep(
+            Net(), ["0.9"], (X,), tmp_path, options={"latency": "analytic", "also": [(slow, 0.7)]}
+        )
+    assert not point.met
+    assert point.remark.startswith("slow takes ")
+    assert point.remark.endswith(" ms measured")
 
 
 def test_a_sweep_by_samples(tmp_path: Path) -> None:

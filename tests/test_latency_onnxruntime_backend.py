@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 from typing import Any
 
 import numpy as np
@@ -216,6 +217,40 @@ def test_a_provider_that_falls_back_is_refused(monkeypatch: pytest.MonkeyPatch) 
     )
     with pytest.raises(LatencyError, match="fell back from CPUExecutionProvider to Other"):
         OnnxRuntime().prepare(nn.ReLU(), (torch.zeros(1),))
+
+
+def test_what_tensorrt_does_not_take_goes_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    class Session:
+        def __init__(self, model: bytes, options: Any, providers: list[str]) -> None:
+            asked.append(providers)
+
+        def get_providers(self) -> list[str]:
+            return asked[-1]
+
+    everything = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: everything)
+    for provider in everything:
+        OnnxRuntime(provider=provider)._session(onnxruntime, b"")
+    assert asked == [everything[:2], everything[1:2], everything[2:]]
+    assert [OnnxRuntime(provider=p).coarse for p in everything] == [True, False, False]
+
+
+def test_a_gpu_that_torch_does_not_see_is_in_the_fingerprint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    answers = {"A": "GPU A, 8.6, 550.1\n", "B": "GPU B, 8.6, 550.1\n", "": ""}
+    texts = []
+    for answer in answers.values():
+        done = subprocess.CompletedProcess([], 0, answer, "")
+        monkeypatch.setattr(subprocess, "run", lambda *args, done=done, **kwargs: done)
+        texts.append(OnnxRuntime(provider="CUDAExecutionProvider").fingerprint())
+    assert '"gpu": "GPU A"' in texts[0] and '"driver": "550.1"' in texts[0]
+    assert len(set(texts)) == 3
 
 
 @pytest.mark.parametrize(

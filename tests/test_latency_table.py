@@ -65,6 +65,14 @@ def test_several_are_put_at_once(path: Path) -> None:
         assert table.fingerprints() == (HERE,)
 
 
+def test_a_device_of_which_nothing_was_measured_is_none(path: Path) -> None:
+    with LatencyTable.open(path) as table:
+        assert table.reference_ms(THERE, 2.0) == 2.0  # and then the run failed
+        assert table.fingerprints() == ()
+        table.put("a", HERE, _timing(1.0))
+        assert table.fingerprints() == (HERE,)
+
+
 def test_a_write_that_fails_leaves_nothing_behind(path: Path) -> None:
     with LatencyTable.open(path) as table:
         with pytest.raises(sqlite3.Error):

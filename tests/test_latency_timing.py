@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -89,6 +90,23 @@ class Simulated:
         self.trace.append(run.ms)
         self.counts.append(calls)
         return run.ms * speed * self.always * calls
+
+
+@dataclass
+class Small(Simulated):
+    """Its memory holds two kernels beside the sentinel."""
+
+    alive: list[Any] = field(default_factory=list)
+    refused: int = 0
+
+    def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
+        self.alive = [ref for ref in self.alive if ref() is not None]
+        if len(self.alive) > 2:
+            self.refused += 1
+            raise torch.OutOfMemoryError("no memory is left")
+        run = super().prepare(module, inputs)
+        self.alive.append(weakref.ref(run))
+        return run
 
 
 @dataclass
@@ -586,3 +604,87 @@ def test_which_network_was_prepared_first_cancels_over_bouts() -> None:
     assert ratio(2) == pytest.approx(0.5 * (1.1 + 1 / 1.1) / 2)
     with pytest.raises(LatencyError, match="0 bouts asked for"):
         ratio(0)
+
+
+def jobs_of(*times: float) -> list[Job]:
+    return [Job(str(ms), lambda ms=ms: (Fixed(ms), ())) for ms in times]  # type: ignore[misc]
+
+
+def test_what_does_not_fit_together_is_measured_in_parts() -> None:
+    backend, table = Small(), LatencyTable.open(":memory:")
+    measure_jobs(jobs_of(1.0, 2.5, 3.0, 4.0, 5.0), backend, table)
+    assert backend.refused > 0
+    found = {entry.key: entry.timing.median_ms for entry in table.entries()}
+    assert found == {f"{ms}": pytest.approx(ms) for ms in (1.0, 2.5, 3.0, 4.0, 5.0)}
+
+
+def test_what_does_not_fit_alone_is_an_error() -> None:
+    @dataclass
+    class Full(Simulated):
+        def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
+            if isinstance(module, Fixed):
+                raise torch.OutOfMemoryError("no memory is left")
+            return super().prepare(module, inputs)
+
+    with pytest.raises(LatencyError, match=r"kernel [12]\.0 .*no memory is left"):
+        measure_jobs(jobs_of(1.0, 2.0), Full(), LatencyTable.open(":memory:"))
+
+
+def test_optional_kernels_may_fail(caplog: pytest.LogCaptureFixture) -> None:
+    def fails() -> Any:
+        raise ValueError("not on random numbers")
+
+    table = LatencyTable.open(":memory:")
+    told: list[tuple[int, int]] = []
+    measure_jobs(
+        [Job("hard", fails, optional=True), *jobs_of(1.0)], Simulated(), table,
+        progress=lambda done, total, key: told.append((done, total)),
+    )  # fmt: skip
+    assert [entry.key for entry in table.entries()] == ["1.0"]
+    assert "not on random numbers" in caplog.text
+    assert told[-1] == (2, 2)
+
+
+def test_autocast_of_the_caller_is_no_matter() -> None:
+    seen: list[torch.dtype] = []
+
+    class Seeing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append((x @ x).dtype)
+            return x
+
+    with torch.autocast("cpu", torch.bfloat16):
+        measure_network(Seeing().eval(), (torch.ones(2, 2),), Torch(threads=1, samples=1))
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert set(seen) == {torch.float32}
+
+
+def test_the_reference_kernel_is_of_the_size_that_the_device_needs() -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    @dataclass
+    class Large(Simulated):
+        sentinel: tuple[int, ...] = (2, 8, 5, 5)
+
+        def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
+            if isinstance(module, nn.Conv2d):
+                shapes.append(tuple(inputs[0].shape))
+            return super().prepare(module, inputs)
+
+    backend = Large()
+    measure_jobs(jobs_of(1.0), backend, LatencyTable.open(":memory:"))
+    assert shapes == [(2, 8, 5, 5)]
+    warming = backend.trace[: backend.trace.index(1.0)]
+    assert sum(warming) >= 500  # milliseconds before anything counts
+    assert Torch().sentinel == (1, 16, 28, 28) != Torch("cuda:0").sentinel
+
+
+def test_a_network_that_fails_is_told_in_our_words() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no engine was found")
+
+    with pytest.raises(LatencyError, match=r"Fails can't be run on .*'torch'.*no engine"):
+        measure_network(Fails().eval(), (torch.ones(2),), Torch(threads=1))
+    with pytest.raises(LatencyError, match=r"Fails can't be run"):
+        measure_paired(nn.ReLU(), Fails(), Torch(threads=1), (torch.ones(2),), (torch.ones(2),))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import subprocess
+import sys
+import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -197,6 +202,109 @@ def test_a_gpu_is_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Torch(device="cuda:0")
     assert backend.block_ms(lambda: log.append("run"), 3) == 2.5
     assert log == ["wait cuda:0", "record", "run", "run", "run", "record", "wait"]
+
+
+class Graph:
+    """Stands for a CUDA graph."""
+
+    made: list[Graph] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.replayed = 0
+        self.made.append(self)
+
+    def replay(self) -> None:
+        self.replayed += 1
+
+
+class _Stream:
+    def __init__(self, device: torch.device) -> None: ...
+
+    def wait_stream(self, other: Any) -> None: ...
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
+    Event.log, Graph.made = [], []
+    for name, stand_in in {
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "Stream": _Stream,
+        "synchronize": lambda device: None,
+        "current_stream": _Stream,
+        "device": lambda device: torch.no_grad(),
+        "stream": lambda stream: torch.no_grad(),
+        "graph": lambda graph: torch.no_grad(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return Graph.made
+
+
+def test_what_a_cuda_graph_works_on_lives_as_long(graphs: list[Graph]) -> None:
+    class Held(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    module, x = Held(), torch.zeros(3)
+    alive = [weakref.ref(module), weakref.ref(x)]
+    replay = module_under_test._replay(partial(module, x), torch.device("cuda:0"))
+    del module, x
+    gc.collect()
+    assert all(one() is not None for one in alive)
+    assert torch.equal(replay.output, torch.ones(3))
+    before = graphs[-1].replayed
+    replay()
+    assert graphs[-1].replayed == before + 1
+
+
+def test_short_work_is_recorded_several_times(
+    graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[int] = []
+    monkeypatch.setattr(Event, "elapsed_time", lambda self, end: 0.1)
+    device = torch.device("cuda:0")
+    replay = module_under_test._replay(lambda: runs.append(1), device)
+    assert replay.calls == 5 and len(runs) == 3 + 1 + 5
+    before = graphs[-1].replayed
+    # 20 calls are 4 replays of 0.1 ms in all, and one call a fifth of one replay.
+    assert module_under_test._cuda_ms(replay, 20, device) == pytest.approx(0.1)
+    assert graphs[-1].replayed - before == 4
+    assert module_under_test._cuda_ms(replay, 1, device) == pytest.approx(0.1 / 5)
+
+
+def test_long_work_is_recorded_once(graphs: list[Graph]) -> None:
+    assert module_under_test._replay(lambda: None, torch.device("cuda:0")).calls == 1
+    assert len(graphs) == 1
+
+
+def test_a_network_is_measured_in_the_layout_that_is_asked_for() -> None:
+    seen: list[bool] = []
+
+    class Seeing(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            last = {"memory_format": torch.channels_last}
+            seen.append(self.weight.is_contiguous(**last) and x.is_contiguous(**last))
+            return super().forward(x)
+
+    model: Any = Seeing(4, 4, 3).eval()
+    model.to(memory_format=torch.channels_last)
+    x = torch.zeros(1, 4, 8, 8).contiguous(memory_format=torch.channels_last)
+    for backend in (Torch(threads=1), Torch(threads=1, channels_last=True)):
+        backend.prepare(model, (x,))()
+    assert seen == [False, True]
+    assert model.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_precisions_set_by_their_newer_names_are_known() -> None:
+    script = (
+        "import json, torch\n"
+        "from halp_fx.latency import Torch\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "print(json.loads(Torch().fingerprint())['float32_matmul'])\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in ("tf32", "high")
 
 
 def test_other_accelerators_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 import halp_fx
 from halp_fx.budget import parse_budget
-from halp_fx.errors import InfeasibleError, InputError, LatencyError
+from halp_fx.errors import HalpError, InputError, LatencyError
 from halp_fx.latency import Source
 from halp_fx.pipeline import Progress, prepare
 from halp_fx.tools import profiler
@@ -69,7 +69,7 @@ def speedups(
         fixed = (model, source.backend.name, dtype, batch, budget)
         try:
             plan = halp_fx.plan_of(prepared.prune(halp_fx.Budget(share=budget)))
-        except InfeasibleError as error:
+        except (HalpError, RuntimeError) as error:  # cuDNN's and those of memory are no others
             rows.append(_without(*fixed, error))
             continue
         facts = plan.report
@@ -135,6 +135,15 @@ def _command(
         str, typer.Option("--backend", help="onnxruntime, torch or torch.compile.")
     ] = "onnxruntime",
     device: Annotated[str | None, typer.Option("--device", help="cpu or cuda, for torch.")] = None,
+    provider: Annotated[
+        str | None, typer.Option("--provider", help="Execution provider, for onnxruntime.")
+    ] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Layout of images, for torch.")
+    ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Replay CUDA graphs, for torch on a GPU.")
+    ] = False,
     threads: Annotated[int | None, typer.Option("--threads", min=1)] = None,
     batches: Annotated[str, typer.Option("--batches", help="Comma-separated.")] = "1",
     dtypes: Annotated[str, typer.Option("--dtypes", help="float32, bfloat16 ...")] = "float32",
@@ -156,7 +165,15 @@ def _command(
     names = [name.strip() for name in models.split(",") if name.strip()]
     if not names:
         raise InputError("--models is empty: name some, as torchvision:resnet50")
-    source = profiler.source_of(backend, output / "table.sqlite", threads=threads, device=device)
+    source = profiler.source_of(
+        backend,
+        output / "table.sqlite",
+        threads=threads,
+        device=device,
+        provider=provider,
+        channels_last=channels_last,
+        cuda_graphs=cuda_graphs,
+    )
     rows: list[Speedup] = []
     with progress_bars() as progress:
         for name in names:
@@ -171,7 +188,7 @@ def _command(
                     image = parse_input(shape)[:1]
                     try:
                         rows += speedups(name, shares, image, batch, source, dtype, tell)
-                    except (LatencyError, torch.OutOfMemoryError) as error:
+                    except (LatencyError, RuntimeError) as error:
                         # One that the device can't hold is no reason to lose the others.
                         fixed = (name, source.backend.name, dtype, batch)
                         rows += [_without(*fixed, share, error) for share in shares]

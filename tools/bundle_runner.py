@@ -289,7 +289,11 @@ class _Meter:
         # Threads of idle sessions would spin on the cores that the session being timed needs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # By its path: the weights lie in a file beside it.
-        session = runtime.InferenceSession(str(path), options, providers=[self.provider])
+        # What TensorRT does not take goes to CUDA, as in use, and not to the CPU.
+        beside = ["CUDAExecutionProvider"] if self.provider.startswith("Tensorrt") else []
+        there = [name for name in beside if name in runtime.get_available_providers()]
+        providers = [self.provider, *there]
+        session = runtime.InferenceSession(str(path), options, providers=providers)
         active = session.get_providers()
         if active[0] != self.provider:
             raise BundleError(

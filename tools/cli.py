@@ -24,12 +24,16 @@ from halp_fx.tools.experiments import accuracy_cli
 from halp_fx.tools.experiments import cli as experiments_cli
 from halp_fx.tools.models import parse_input
 from halp_fx.tools.options import (
+    AlsoOption,
     BatchOption,
     CandidatesOption,
     ForeignOption,
     InputOption,
     LatencyOption,
+    MacsOption,
+    MemoryOption,
     ModelArgument,
+    ParamsOption,
     PretrainedOption,
     ReconstructOption,
     SamplesOption,
@@ -166,6 +170,7 @@ def groups(
     "halp-fx prune torchvision:mobilenet_v2 --budget 4ms --latency onnxruntime -o out/\n\n"
     "halp-fx prune torchvision:resnet50 --budget 0.6 --params 0.5 --exclude conv1 --round-to 16 "
     "-o out/\n\n"
+    "halp-fx prune torchvision:resnet18 --budget 0.7 --also board.sqlite=4ms -o out/\n\n"
     "halp-fx prune my_package.nets:make --weights net.safetensors --budget 0.6 "
     "--samples images.npy --latency analytic -o out/"
 )
@@ -181,20 +186,9 @@ def prune(
             show_default=False,
         ),
     ] = None,
-    params: Annotated[
-        float | None,
-        typer.Option("--params", help="Limit on the parameters: their count, or a share up to 1."),
-    ] = None,
-    macs: Annotated[
-        float | None,
-        typer.Option("--macs", help="Limit on the multiply-adds: their count, or a share up to 1."),
-    ] = None,
-    memory: Annotated[
-        float | None,
-        typer.Option(
-            "--memory", help="Limit on the bytes of activations at a time, or a share up to 1."
-        ),
-    ] = None,
+    params: ParamsOption = None,
+    macs: MacsOption = None,
+    memory: MemoryOption = None,
     include: Annotated[
         list[str] | None,
         typer.Option(
@@ -237,6 +231,7 @@ def prune(
         typer.Option("--output", "-o", metavar="DIR", help="Folder for what is written."),
     ] = Path("out"),
     latency: LatencyOption = None,
+    also: AlsoOption = None,
     foreign: ForeignOption = False,
     onnx: Annotated[bool, typer.Option(help="Export and check an ONNX file.")] = True,
     pretrained: PretrainedOption = False,
@@ -251,7 +246,7 @@ def prune(
     """
     del debug
     limit = pruner.budget_of(budget, params=params, macs=macs, memory=memory)
-    source = pruner.latency_of(latency, foreign)
+    source, further = pruner.latencies_of(latency, also or (), foreign)
     by_data = by_samples(samples, candidates, steps, reconstruct)
     network, example = load(
         model, shapes, batch=batch, pretrained=pretrained, weights=weights, whole=True
@@ -270,6 +265,7 @@ def prune(
         "min_width": min_width,
         "round_to": round_to,
         "solver": solver,
+        "also": further,
         **by_data,
     }
     pruner.prune(network, limit, example, output, latency=source, onnx=onnx, options=options)

@@ -16,12 +16,16 @@ from halp_fx.tools import advice, profiler
 from halp_fx.tools import sweep as sweeper
 from halp_fx.tools.console import DebugOption, err, out, progress_bars
 from halp_fx.tools.options import (
+    AlsoOption,
     BatchOption,
     CandidatesOption,
     ForeignOption,
     InputOption,
     LatencyOption,
+    MacsOption,
+    MemoryOption,
     ModelArgument,
+    ParamsOption,
     PretrainedOption,
     ReconstructOption,
     SamplesOption,
@@ -30,7 +34,7 @@ from halp_fx.tools.options import (
     by_samples,
     load,
 )
-from halp_fx.tools.prune import latency_of
+from halp_fx.tools.prune import latencies_of
 
 __all__ = ["add_commands"]
 
@@ -52,7 +56,8 @@ def add_commands(app: typer.Typer) -> None:
     app.command(
         epilog="Examples:\n\n"
         "halp-fx sweep torchvision:resnet18 --pretrained --budgets 0.9,0.7,0.5,0.3 -o sweep/\n\n"
-        "halp-fx sweep torchvision:mobilenet_v2 --latency onnxruntime --budgets 0.8,0.6,0.4"
+        "halp-fx sweep torchvision:mobilenet_v2 --latency onnxruntime --budgets 0.8,0.6,0.4\n\n"
+        "halp-fx sweep torchvision:resnet18 --params 0.6 --also board.sqlite=4ms"
     )(sweep)
 
 
@@ -202,7 +207,11 @@ def sweep(
     budgets: Annotated[
         str, typer.Option("--budgets", help="Comma-separated: shares (0.5) or times (4ms).")
     ] = "0.9,0.7,0.5,0.3",
+    params: ParamsOption = None,
+    macs: MacsOption = None,
+    memory: MemoryOption = None,
     latency: LatencyOption = None,
+    also: AlsoOption = None,
     foreign: ForeignOption = False,
     solver: Annotated[
         str, typer.Option("--solver", help="joint, or to compare with: halp, greedy, uniform.")
@@ -221,10 +230,14 @@ def sweep(
     shapes: InputOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Prunes a network to several budgets; leaves a table and a chart."""
+    """Prunes a network to several budgets; leaves a table and a chart.
+
+    Limits other than the budgets hold at each of them.
+    """
     del debug
-    asked = sweeper.parse_budgets(budgets)
-    source = latency_of(latency, foreign)
+    limits = {"params": params, "macs": macs, "memory": memory}
+    asked = sweeper.parse_budgets(budgets, limits)
+    source, further = latencies_of(latency, also or (), foreign)
     by_data = by_samples(samples, candidates, steps, reconstruct)
     network, example = load(model, shapes, batch=batch, pretrained=pretrained, weights=weights)
     with progress_bars() as progress:
@@ -233,9 +246,10 @@ def sweep(
             asked,
             example,
             output,
+            limits=limits,
             save=save,
             progress=progress,
-            options={"latency": source, "solver": solver, **by_data},
+            options={"latency": source, "also": further, "solver": solver, **by_data},
         )
     out().print(sweeper.point_table(points))
     for point in points:

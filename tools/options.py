@@ -17,12 +17,16 @@ from halp_fx.tools.detectors import TensorPart
 from halp_fx.tools.models import load_model, parse_input
 
 __all__ = [
+    "AlsoOption",
     "BatchOption",
     "CandidatesOption",
     "ForeignOption",
     "InputOption",
     "LatencyOption",
+    "MacsOption",
+    "MemoryOption",
     "ModelArgument",
+    "ParamsOption",
     "PretrainedOption",
     "ReconstructOption",
     "SamplesOption",
@@ -63,10 +67,33 @@ LatencyOption = Annotated[
         "Default: measure this device.",
     ),
 ]
+AlsoOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--also",
+        metavar="LATENCY=BUDGET",
+        help="Limit the latency of a further device or back-end too (torch=0.7, "
+        "board.sqlite=4ms); repeatable.",
+    ),
+]
 ForeignOption = Annotated[
     bool,
     typer.Option(
         "--foreign", help="The table was made on another device, which is the one to prune for."
+    ),
+]
+ParamsOption = Annotated[
+    float | None,
+    typer.Option("--params", help="Limit on the parameters: their count, or a share up to 1."),
+]
+MacsOption = Annotated[
+    float | None,
+    typer.Option("--macs", help="Limit on the multiply-adds: their count, or a share up to 1."),
+]
+MemoryOption = Annotated[
+    float | None,
+    typer.Option(
+        "--memory", help="Limit on the bytes of activations at a time, or a share up to 1."
     ),
 ]
 PretrainedOption = Annotated[

@@ -169,7 +169,8 @@ def _is_profiled(groups: ChannelGroups, source: Source) -> bool:
     if table is None or isinstance(backend, Stored):
         return True
     known = {entry.key for entry in table.entries(backend.fingerprint())}
-    return all(job.key in known for job in measurements(groups, backend.fuses))
+    jobs = measurements(groups, backend.fuses)
+    return all(job.key in known for job in jobs if not job.optional)
 
 
 def write_bundle_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,32 @@ from torch import nn
 import halp_fx
 from halp_fx.budget import Budget, parse_budget
 from halp_fx.detection import has_regions, is_detector
-from halp_fx.errors import BudgetError, InputError
-from halp_fx.latency import Source, resolve_backend
+from halp_fx.errors import BudgetError, InputError, LatencyError
+from halp_fx.latency import (
+    Analytic,
+    OnnxRuntime,
+    Source,
+    Stored,
+    Torch,
+    TorchCompile,
+    resolve_backend,
+)
 from halp_fx.report import render_markdown, summarize, to_json
 from halp_fx.tools.console import err, out, progress_bars
 from halp_fx.types import Plan
 
-__all__ = ["budget_of", "latency_of", "prune", "summary_table", "write_report"]
+__all__ = [
+    "budget_of",
+    "further_latencies",
+    "latencies_of",
+    "prune",
+    "summary_table",
+    "write_report",
+]
+
+Latency = str | Path | Source | None  # a back-end by its name, a table by its path
+
+_BACKENDS = tuple(made.name for made in (Torch, TorchCompile, OnnxRuntime, Analytic))
 
 
 def budget_of(
@@ -38,7 +57,7 @@ def budget_of(
     """
     if text is None:
         if params is None and macs is None and memory is None:
-            raise BudgetError("nothing is limited: give --budget, --params, --macs or --memory")
+            raise BudgetError("there is no budget: give --budget, --params, --macs or --memory")
         return Budget(params=params, macs=macs, memory=memory)
     return replace(parse_budget(text), params=params, macs=macs, memory=memory)
 
@@ -49,7 +68,7 @@ def prune(
     example_inputs: Any,
     directory: Path,
     *,
-    latency: str | Path | Source | None = None,
+    latency: Latency = None,
     onnx: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> Plan:
@@ -60,7 +79,7 @@ def prune(
     regions are pooled between the parts, there is no ONNX file of it.
 
     Args:
-        latency: as `halp_fx.compile` takes it; see `latency_of`.
+        latency: as `halp_fx.compile` takes it; see `latencies_of`.
         options: further arguments of `halp_fx.compile`.
 
     Raises:
@@ -100,24 +119,76 @@ def prune(
     return plan
 
 
-def latency_of(text: str | None, foreign: bool = False) -> str | Path | Source | None:
-    """What `--latency` names: a back-end, or the file of a table.
+def latencies_of(
+    latency: str | None, also: Sequence[str] = (), foreign: bool = False
+) -> tuple[Latency, list[tuple[Latency, Budget]]]:
+    """What `--latency` names, and each `--also` with its budget: back-ends, or files of tables.
 
     Args:
-        text: as given.
-        foreign: accept a table of another device (`--foreign`).
+        latency: as given; None: the default.
+        also: each LATENCY=BUDGET, as given.
+        foreign: accept the tables that are of another device (`--foreign`).
 
     Raises:
-        InputError: it looks like a file, and there is none; or `foreign` has no meaning.
+        InputError: there is no such back-end and no such file; a text of `also` is no pair; or
+            `foreign` has no meaning. The message names the option.
+        BudgetError: the budget in one of `also` can't be parsed or is out of range.
+        LatencyError: a table can't be used.
     """
-    named = text is not None and ("/" in text or text.endswith(".sqlite"))
-    if text is None or not (named or (foreign and Path(text).is_file())):
-        if foreign:
-            raise InputError("--foreign is for --latency with the file of a table")
+    pairs = [_pair(text) for text in also]
+    named = [None if latency is None else _named(latency, f"--latency {latency}")]
+    named += [_named(name, f"--also {text}") for text, (name, _) in zip(also, pairs, strict=True)]
+    own, *others = _tables_of_others(named) if foreign else named
+    return own, [(other, budget) for other, (_, budget) in zip(others, pairs, strict=True)]
+
+
+def _pair(text: str) -> tuple[str, Budget]:
+    # From the right: a path may have the sign in it, a budget has none.
+    name, _, budget = (part.strip() for part in text.rpartition("="))
+    if not name or not budget:
+        raise InputError(
+            f"--also {text}: give LATENCY=BUDGET, as --also torch=0.7 or --also board.sqlite=4ms"
+        )
+    try:
+        return name, parse_budget(budget)
+    except BudgetError as error:
+        raise BudgetError(f"--also {text}: {error}") from error
+
+
+def _named(text: str, option: str) -> Latency:
+    if text in _BACKENDS:
         return text
-    if not Path(text).is_file():
-        raise InputError(f"there is no latency table {text}; make one with halp-fx profile")
-    return resolve_backend(Path(text), allow_foreign=True) if foreign else Path(text)
+    if Path(text).is_file():
+        return Path(text)
+    if "/" in text or text.endswith(".sqlite"):
+        raise InputError(
+            f"{option}: there is no latency table {text}; make one with halp-fx profile"
+        )
+    raise InputError(
+        f"{option}: there is no back-end {text!r} and no such file; give {', '.join(_BACKENDS)} "
+        "or the file of a table"
+    )
+
+
+def _tables_of_others(named: Sequence[Latency]) -> list[Latency]:
+    """The same, where the tables of other devices stand for these devices."""
+    tables = [each for each in named if isinstance(each, Path)]
+    if not tables:
+        raise InputError("--foreign is for --latency with the file of a table, or --also with one")
+    # Of one table alone the times of another device are meant, even where it has this one's too.
+    foreign = tables if len(tables) == 1 else [t for t in tables if not _is_of_this_device(t)]
+    if not foreign:
+        raise InputError(
+            f"--foreign: {' and '.join(map(str, tables))} are of this device: leave it out"
+        )
+    return [resolve_backend(t, allow_foreign=True) if t in foreign else t for t in named]
+
+
+def _is_of_this_device(table: Path) -> bool:
+    try:
+        return not isinstance(resolve_backend(table).backend, Stored)
+    except LatencyError:
+        return False
 
 
 def write_report(plan: Plan, directory: Path) -> None:
@@ -143,8 +214,33 @@ def summary_table(plan: Plan) -> Table:
         budget = measured["budget"]
     met = "[green]met[/]" if summary["met"] else "[red]missed[/]"
     table.add_row(f"budget, {met}", f"{budget:.3f} ms")
+    for name, figures, within in further_latencies(plan):
+        met = "[green]met[/]" if within else "[red]missed[/]"
+        table.add_row(f"also {escape(name)}, {met}", figures)
     table.add_row("channels scored by", summary["saliency"])
     table.add_row("numbers in the state dict", f"{state['dense']:,} -> {state['kept']:,}")
     table.add_row("saliency kept", f"{100 * summary['value_kept']:.1f} %")
     table.add_row("certified gap to the best choice", f"{100 * plan.gap:.2f} %")
     return table
+
+
+def further_latencies(plan: Plan) -> list[tuple[str, str, bool]]:
+    """Of each latency that `also` limits: its back-end, its figures, and whether it is met.
+
+    Where several have the same back-end, they are numbered in the order given.
+    """
+    entries = plan.report.get("also", ())
+    backends = [entry["backend"] for entry in entries]
+    found = []
+    for i, (name, entry) in enumerate(zip(backends, entries, strict=True)):
+        if backends.count(name) > 1:
+            name = f"{name} ({backends[: i + 1].count(name)})"
+        if "measured_ms" in entry:
+            spread = f" +- {entry['measured_spread_ms']:.3f}"
+            ms, most, how = entry["measured_ms"], entry["measured_budget_ms"], "measured"
+        else:
+            spread = ""
+            ms, most, how = entry["predicted_ms"], entry["budget_ms"], "by the table"
+        figures = f"{ms:.3f}{spread} of {most:.3f} ms {how}"
+        found.append((name, figures, bool(entry.get("met", ms <= most))))
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from rich.table import Table
 from torch import fx, nn
 
 import halp_fx
-from halp_fx.budget import parse_budget
-from halp_fx.errors import DependencyError, InfeasibleError, InputError
+from halp_fx.errors import DependencyError, HalpError, InputError
 from halp_fx.passes.select import check_solver
 from halp_fx.pipeline import Progress, prepare
+from halp_fx.tools.prune import budget_of, further_latencies
 from halp_fx.types import Plan
 
 __all__ = ["Point", "parse_budgets", "point_table", "sweep", "write_points"]
@@ -26,31 +26,34 @@ class Point:
     """What came out at one budget."""
 
     budget: str  # as it was given
-    budget_ms: float | None = None  # None, as all that follows: it could not be met
+    budget_ms: float | None = None  # None, as all that follows: there is no network
     predicted_ms: float | None = None
     measured_ms: float | None = None  # None: not measured
     spread_ms: float | None = None  # half the interquartile range of the samples
     dense_ms: float | None = None  # measured where measured_ms is, else by the table
-    met: bool = False
+    met: bool = False  # the latencies that are limited besides too
     value_kept: float | None = None  # share of the saliency
     gap: float | None = None  # certified
     params: int | None = None
     macs: int | None = None
-    remark: str = ""
+    remark: str = ""  # what went wrong
 
 
-def parse_budgets(text: str) -> list[str]:
+def parse_budgets(text: str, limits: Mapping[str, float | None] | None = None) -> list[str]:
     """Comma-separated budgets.
+
+    Args:
+        limits: what is to hold besides, as `sweep` takes it.
 
     Raises:
         InputError: there are none.
-        BudgetError: one can't be parsed.
+        BudgetError: one can't be parsed, or a limit is out of range.
     """
     found = [part.strip() for part in text.split(",") if part.strip()]
     if not found:
         raise InputError("--budgets is empty: give some, as 0.9,0.7,0.5,0.3")
     for part in found:
-        parse_budget(part)
+        budget_of(part, **(limits or {}))
     return found
 
 
@@ -60,6 +63,7 @@ def sweep(
     example_inputs: tuple[Any, ...] | None,
     directory: Path,
     *,
+    limits: Mapping[str, float | None] | None = None,
     save: bool = False,
     progress: Progress | None = None,
     options: Mapping[str, Any] | None = None,
@@ -68,33 +72,39 @@ def sweep(
 
     Args:
         directory: where the networks go with `save`, each as BUDGET.safetensors.
+        limits: limits on "params", "macs" and "memory" that hold at each budget.
         options: arguments of `halp_fx.compile`.
 
     Raises:
-        HalpError: a stage failed. A budget that can't be met is a point with a remark.
+        HalpError: a stage before the budgets failed. What fails at one budget, as one that can't
+            be met, is a point with a remark.
     """
     options = dict(options or {})
-    limits = [parse_budget(text) for text in budgets]
-    for limit in limits:
-        check_solver(options.get("solver", "joint"), limit.further)
+    asked = [budget_of(text, **(limits or {})) for text in budgets]
+    for budget in asked:
+        check_solver(options.get("solver", "joint"), budget.further)
     prepared = prepare(model, example_inputs, progress=progress, **options)
     points = []
-    for text, limit in zip(budgets, limits, strict=True):
+    for text, budget in zip(budgets, asked, strict=True):
+        point = Point(text)
         try:
-            pruned = prepared.prune(limit)
-        except InfeasibleError as error:
-            points.append(Point(text, remark=str(error)))
-            continue
-        points.append(_point(text, pruned))
-        if save:
-            directory.mkdir(parents=True, exist_ok=True)
-            halp_fx.save(pruned, directory / f"{text}.safetensors")
+            pruned = prepared.prune(budget)
+            point = _point(text, pruned)
+            if save:
+                directory.mkdir(parents=True, exist_ok=True)
+                halp_fx.save(pruned, directory / f"{text}.safetensors")
+        except HalpError as error:
+            point = replace(point, remark=" ".join(str(error).split()))
+        points.append(point)
     return points
 
 
 def _point(text: str, pruned: fx.GraphModule) -> Point:
     plan: Plan = halp_fx.plan_of(pruned)
     facts = plan.report
+    missed = [
+        f"{name} takes {figures}" for name, figures, met in further_latencies(plan) if not met
+    ]
     return Point(
         budget=text,
         budget_ms=facts.get("measured_budget_ms", plan.budget_ms),
@@ -102,11 +112,12 @@ def _point(text: str, pruned: fx.GraphModule) -> Point:
         measured_ms=facts.get("measured_ms"),
         spread_ms=facts.get("measured_spread_ms"),
         dense_ms=facts.get("measured_dense_ms", plan.dense_ms),
-        met=bool(facts.get("met", plan.predicted_ms <= plan.budget_ms)),
+        met=bool(facts.get("met", plan.predicted_ms <= plan.budget_ms)) and not missed,
         value_kept=plan.value / plan.dense_value if plan.dense_value else None,
         gap=plan.gap,
         params=facts["params"]["pruned"],
         macs=facts["macs"]["pruned"],
+        remark="; ".join(missed),
     )
 
 

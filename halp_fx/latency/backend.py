@@ -21,6 +21,7 @@ __all__ = [
     "Timing",
     "iter_tensors",
     "map_tensors",
+    "placed",
     "require_count",
     "require_positive",
     "settle",
@@ -56,6 +57,7 @@ class Job:
     key: str  # signature of the kernel: op, shapes, dtype, memory layout
     # Makes the kernel and inputs for it; called only when the key is not in the table yet.
     build: Callable[[], tuple[nn.Module, tuple[Any, ...]]]
+    optional: bool = False  # left out where it can't be built or run, which is no error then
 
 
 @runtime_checkable
@@ -65,6 +67,8 @@ class Backend(Protocol):
     A back-end on which calls return before the work is done also needs `block_ms`
     (`BlockTimer`). `min_sample_ms` and `samples`, where present, replace the defaults of
     `measure_jobs`; with `coarse = True` few widths are measured, for measurements that are dear.
+    `sentinel` is the shape (N, C, H, W) of the images that the reference convolution takes, where
+    (1, 16, 28, 28) is too small to tell how fast the device is now.
     """
 
     @property
@@ -151,6 +155,19 @@ def iter_tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from iter_tensors(item)
+
+
+def placed(
+    tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """A tensor on a device (and in a type); one that repeats along its first dim is written out.
+
+    Of such a one only what repeats is moved there.
+    """
+    tensor = tensor.detach()
+    if tensor.dim() and tensor.shape[0] > 1 and tensor.stride(0) == 0:
+        return tensor[:1].to(device=device, dtype=dtype).expand(tensor.shape).contiguous()
+    return tensor.to(device=device, dtype=dtype)
 
 
 def settle(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:

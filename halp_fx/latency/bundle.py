@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import pkgutil
@@ -34,6 +35,8 @@ from .bundle_results import MANIFEST_FORMAT, VERSION, import_results
 from .onnxruntime_backend import onnx_bytes
 
 __all__ = ["import_results", "write_bundle"]
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 
@@ -61,7 +64,8 @@ def write_bundle(
     as the largest weight.
 
     Args:
-        jobs: the kernels; of several with one key, the first is written.
+        jobs: the kernels; of several with one key, the first is written. Optional ones that can't
+            be exported are left out, with a message to the log.
         folder: a new or empty folder, or a bundle.
         network: a network and its positional arguments, to be measured as a whole besides. Its
             time is for comparison: in the table its key starts with "network ".
@@ -96,10 +100,15 @@ def write_bundle(
     with _explained(target), _same_random_state():
         keeps = _claim(target)
         entries: list[dict[str, Any]] = []
-        for key, job in by_key.items():
-            entries.append(_write_kernel(target, job, keeps))
+        for done, (key, job) in enumerate(by_key.items(), 1):
+            try:
+                entries.append(_write_kernel(target, job, keeps))
+            except LatencyError as error:
+                if not job.optional:
+                    raise
+                _log.warning("left out of the bundle: %s", error)
             if progress is not None:
-                progress(len(entries), total, key)
+                progress(done, total, key)
         whole = None if network is None else _write_network(target, *network)
         if whole is not None:
             entries.append(whole)

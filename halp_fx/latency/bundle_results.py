@@ -74,8 +74,8 @@ def import_results(
             "which goes on where it was"
         )
     fingerprint = fingerprint_text(header["fingerprint"])
+    table.mark_imported(fingerprint)  # first: without it the timings would be refused as foreign
     table.put_all(timings, fingerprint)
-    table.mark_imported(fingerprint)
     return fingerprint
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "cpu_facts",
     "cuda_facts",
     "differences",
+    "driver_facts",
     "fingerprint_fields",
     "fingerprint_text",
     "summary",
@@ -133,3 +134,16 @@ def cuda_facts(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda or getattr(torch.version, "hip", None),
         "cudnn": _cudnn_version(),
     }
+
+
+def driver_facts() -> dict[str, Any]:
+    """Model and driver of the first NVIDIA GPU, as its driver tells; empty where it doesn't."""
+    names = ("gpu", "capability", "driver")
+    query = "--query-gpu=name,compute_cap,driver_version"
+    command = ["nvidia-smi", query, "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    return dict(zip(names, values, strict=True)) if len(values) == len(names) else {}

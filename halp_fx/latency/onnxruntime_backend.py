@@ -14,12 +14,21 @@ import torch
 from torch import nn
 
 from ..errors import DependencyError, InputError, LatencyError
-from .backend import iter_tensors, map_tensors, require_count, require_positive, settle, wall_ms
-from .device import cpu_facts, cuda_facts, fingerprint_text
+from .backend import (
+    iter_tensors,
+    map_tensors,
+    placed,
+    require_count,
+    require_positive,
+    settle,
+    wall_ms,
+)
+from .device import cpu_facts, cuda_facts, driver_facts, fingerprint_text
 
 __all__ = ["OnnxRuntime", "onnx_bytes"]
 
-_ON_CUDA = frozenset({"CUDAExecutionProvider", "TensorrtExecutionProvider"})
+_CUDA, _TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_ON_CUDA = frozenset({_CUDA, _TENSORRT})
 
 
 @dataclass(frozen=True)
@@ -64,9 +73,21 @@ class OnnxRuntime:
             "threads": self.threads,
             **cpu_facts(),
         }
-        if self.provider in _ON_CUDA and torch.cuda.is_available():
-            fields.update(cuda_facts(torch.device("cuda", 0)))
+        if self.provider in _ON_CUDA:
+            # A torch without CUDA may stand beside an ONNX Runtime that has it.
+            known = torch.cuda.is_available()
+            fields.update(cuda_facts(torch.device("cuda", 0)) if known else driver_facts())
         return fingerprint_text(fields)
+
+    @property
+    def coarse(self) -> bool:
+        """Whether a measurement is dear: TensorRT builds an engine for each."""
+        return self.provider == _TENSORRT
+
+    @property
+    def sentinel(self) -> tuple[int, ...]:
+        """Shape of the images of the reference convolution: more than its launch on a GPU."""
+        return (32, 128, 56, 56) if self.provider in _ON_CUDA else (1, 16, 28, 28)
 
     def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
         """A callable that runs the exported module once.
@@ -108,7 +129,11 @@ class OnnxRuntime:
         # Threads of idle sessions would spin on the cores that the session being timed needs:
         # a convolution on two cores took twice as long, and up to twenty times beside others.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        session = runtime.InferenceSession(model, options, providers=[self.provider])
+        # What TensorRT does not take goes to CUDA, as in use, and not to the CPU.
+        beside = [_CUDA] if self.provider == _TENSORRT else []
+        there = [name for name in beside if name in runtime.get_available_providers()]
+        providers = [self.provider, *there]
+        session = runtime.InferenceSession(model, options, providers=providers)
         active = session.get_providers()
         if active[0] != self.provider:
             raise LatencyError(
@@ -146,7 +171,7 @@ def onnx_bytes(module: nn.Module, inputs: tuple[Any, ...]) -> bytes:
 
 def _on_cpu(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     cpu = torch.device("cpu")
-    return cast("tuple[Any, ...]", map_tensors(inputs, lambda tensor: tensor.detach().to(cpu)))
+    return cast("tuple[Any, ...]", map_tensors(inputs, lambda tensor: placed(tensor, cpu)))
 
 
 class _Flat(nn.Module):

@@ -240,12 +240,16 @@ class LatencyTable:
         return float(row[0])
 
     def fingerprints(self) -> tuple[str, ...]:
-        """The devices and settings in the table, oldest first.
+        """The devices and settings that the table has timings of, oldest first.
 
         Raises:
             LatencyError: the file is damaged or locked.
         """
-        return tuple(row[0] for row in self._rows("SELECT text FROM fingerprints ORDER BY id"))
+        query = (
+            "SELECT text FROM fingerprints WHERE id IN (SELECT fingerprint FROM timings) "
+            "ORDER BY id"
+        )
+        return tuple(row[0] for row in self._rows(query))
 
     def entries(self, fingerprint: str | None = None) -> tuple[Entry, ...]:
         """All rows, or those of one device, ordered by device and key.

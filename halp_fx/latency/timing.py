@@ -20,7 +20,7 @@ import random
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -44,12 +44,18 @@ _MAX_REDOS = 2  # times that a batch is measured again, since the machine was bu
 _UNCERTAINTY = 0.02  # of a median, at which a kernel has been sampled enough
 _MAX_PAIRED_EXTENSIONS = 3  # the same for two networks
 _MAX_EXTENSIONS = 2  # times that the samples of an uncertain kernel are taken again
+_SENTINEL = (1, 16, 28, 28)  # images of the reference convolution
+_RISE_MS = 500.0  # for which a GPU computes before it counts
 _SENTINEL_MEMORY = 2000  # times that its least is taken from
 _WARM_UP_CALLS = 3
 _WARM_UP_MS = 200.0  # a call longer than this warms up by itself
 _Rounds: TypeAlias = list[tuple[float, float]]  # (ratio to the sentinel, the sentinel's time)
 
 _MAX_CALLS = 1_000_000  # of a block; a kernel that does nothing would never fill one
+
+
+class _TooLargeError(LatencyError):
+    """The memory of the device does not hold a kernel beside the others."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ def measure_jobs(
     torch's thread count and its grad mode stay as they were.
 
     Args:
-        jobs: the kernels; of several with one key, the first is measured.
+        jobs: the kernels; of several with one key, the first is measured. Optional ones that
+            can't be run are left out, with a message to the log.
         backend: what runs them.
         table: where timings are looked up and written, under `backend.fingerprint()`.
         progress: called as `progress(done, total, key)` for each kernel after its batch; kernels
@@ -95,6 +102,8 @@ def measure_jobs(
         return
     order = random.Random(seed)
     order.shuffle(todo)
+    with _preserved():
+        todo = [job for job in todo if not job.optional or _can_run(job, backend)]
     turns = [_Turn(todo[start : start + _BATCH]) for start in range(0, len(todo), _BATCH)]
     done = len(by_key) - len(todo)
 
@@ -156,7 +165,7 @@ def measure_network(
         LatencyError: the network can't be run by the back-end.
     """
     with _preserved():
-        probe = _probe(backend, module, inputs, _min_sample_ms(backend, min_sample_ms))
+        probe = _network_probe(backend, module, inputs, _min_sample_ms(backend, min_sample_ms))
         blocks = _round_robin(backend, [probe], _samples(backend, samples), None)
     return _timing(blocks[0])
 
@@ -203,7 +212,8 @@ def measure_paired(
     with _preserved():
         for bout in range(bouts):
             swapped = bout % 2 == 1
-            probes = [_probe(backend, *one, least) for one in (both[::-1] if swapped else both)]
+            turns = both[::-1] if swapped else both
+            probes = [_network_probe(backend, *one, least) for one in turns]
             first, second = _paired(backend, probes[::-1] if swapped else probes, rounds, order)
             firsts += first
             ratios.append(_relative(second, first))
@@ -259,10 +269,15 @@ class _Sentinel:
     """A small convolution whose time tells whether the machine is busy with something else."""
 
     def __init__(self, backend: Backend, history: deque[float]) -> None:
-        convolution = nn.Conv2d(16, 16, 3, padding=1).eval()
-        least = _min_sample_ms(backend, None)
-        self.probe = _probe(backend, convolution, (torch.randn(1, 16, 28, 28),), least)
+        shape = getattr(backend, "sentinel", _SENTINEL)
+        convolution = nn.Conv2d(shape[1], shape[1], 3, padding=1, device="cpu").eval()
+        image = torch.randn(shape, device="cpu")
+        self.probe = _probe(backend, convolution, (image,), _min_sample_ms(backend, None))
         self._history = history
+        if shape != _SENTINEL:  # a GPU, whose clock takes its time to rise
+            warmed = 0.0
+            while warmed < _RISE_MS:
+                warmed += max(_block_ms(backend, self.probe.run, self.probe.calls), 0.1)
         (first,) = _round_robin(backend, [self.probe], _samples(backend, None), None)
         self.usual_ms = statistics.median(first)
         self.record(first)
@@ -321,11 +336,16 @@ class _Bench:
     def _measured(self, jobs: Sequence[Job]) -> tuple[list[Timing], float]:
         """Timings of kernels, and the sentinel's in the rounds of that one for which it was most.
 
-        Kernels whose median is still uncertain are sampled again.
+        Kernels whose median is still uncertain are sampled again. What does not fit the memory of
+        the device together is measured in parts.
         """
         if not jobs:
             return [], 0.0
-        probes = [_job_probe(job, self.backend) for job in jobs]
+        probes = self._together(jobs)
+        if not probes:
+            halves = jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]
+            (left, busy), (right, busier) = (self._measured(half) for half in halves)
+            return [*left, *right], max(busy, busier)
         samples = _samples(self.backend, None)
         found: list[_Rounds] = [[] for _ in probes]
         counted = found
@@ -350,6 +370,15 @@ class _Bench:
             _timing([self.reference_ms * ratio for ratio, _ in rounds]) for rounds in counted
         ]
         return timings, max(statistics.median(ms for _, ms in rounds) for rounds in counted)
+
+    def _together(self, jobs: Sequence[Job]) -> list[_Probe]:
+        """All ready at a time, or none where the memory does not hold several."""
+        try:
+            return [_job_probe(job, self.backend) for job in jobs]
+        except _TooLargeError:
+            if len(jobs) == 1:
+                raise
+            return []
 
 
 def _ratios(blocks: Sequence[float], clock: Sequence[float]) -> _Rounds:
@@ -379,6 +408,15 @@ def _uncertainty(blocks: Sequence[float]) -> float:
     return float(1.57 * (upper - lower) / math.sqrt(len(blocks)) / max(median, 1e-12))
 
 
+def _can_run(job: Job, backend: Backend) -> bool:
+    try:
+        _job_probe(job, backend)
+    except LatencyError as error:
+        _log.warning("left out: %s", error)
+        return False
+    return True
+
+
 def _job_probe(job: Job, backend: Backend) -> _Probe:
     try:
         module, inputs = job.build()
@@ -388,8 +426,23 @@ def _job_probe(job: Job, backend: Backend) -> _Probe:
     except HalpError:  # a missing package or device has nothing to do with the kernel
         raise
     except Exception as e:  # whatever a kernel of the user's network raises
-        raise LatencyError(
+        kind = _TooLargeError if isinstance(e, torch.OutOfMemoryError) else LatencyError
+        raise kind(
             f"kernel {job.key} can't be run on the back-end {backend.name!r}: "
+            f"{type(e).__name__}: {e}"
+        ) from e
+
+
+def _network_probe(
+    backend: Backend, module: nn.Module, inputs: tuple[Any, ...], min_sample_ms: float
+) -> _Probe:
+    try:
+        return _probe(backend, module, inputs, min_sample_ms)
+    except HalpError:
+        raise
+    except Exception as e:  # of the device's libraries, of many classes
+        raise LatencyError(
+            f"{type(module).__name__} can't be run on the back-end {backend.name!r}: "
             f"{type(e).__name__}: {e}"
         ) from e
 
@@ -472,7 +525,11 @@ def _preserved() -> Iterator[None]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
     try:
-        yield
+        with ExitStack() as plain:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):  # what is measured has a type of its own
+                    plain.enter_context(torch.autocast(device, enabled=False))
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ import torch
 from torch import nn
 
 from ..errors import InputError, LatencyError
-from .backend import map_tensors, require_count, require_positive, settle, wall_ms
+from .backend import map_tensors, placed, require_count, require_positive, settle, wall_ms
 from .device import cpu_facts, cuda_facts, fingerprint_text
 
 __all__ = ["Torch"]
+
+_GRAPH_MS = 0.5  # least length of a CUDA graph
+_MOST_RECORDED = 50  # calls in a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class Torch:
     device: str = "cpu"
     threads: int | None = None  # CPU threads within an operator; None: torch's setting now
     dtype: torch.dtype | None = None  # run in this type; None: leave modules and inputs as they are
-    channels_last: bool = False  # images and convolution weights with channels last in memory
+    # Images and convolution weights with channels last in memory; False: first, whatever layout
+    # the network has.
+    channels_last: bool = False
     # Replay a CUDA graph in place of launching each operator: how a network is run whose operators
     # are shorter than their launches.
     cuda_graphs: bool = False
@@ -65,6 +71,11 @@ class Torch:
         require_positive("min_sample_ms", self.min_sample_ms)
 
     @property
+    def sentinel(self) -> tuple[int, ...]:
+        """Shape of the images of the reference convolution: more than its launch on a GPU."""
+        return (1, 16, 28, 28) if torch.device(self.device).type == "cpu" else (32, 128, 56, 56)
+
+    @property
     def _device(self) -> torch.device:
         device = torch.device(self.device)
         if device.type == "cuda" and device.index is None:
@@ -83,7 +94,7 @@ class Torch:
             "device": kind,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
             "torch": torch.__version__,
-            "float32_matmul": torch.get_float32_matmul_precision(),
+            "float32_matmul": _matmul_precision(),
             "layout": "channels_last" if self.channels_last else "contiguous",
             **cpu_facts(),
         }
@@ -114,13 +125,13 @@ class Torch:
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
             dtype = self.dtype if tensor.is_floating_point() else None
-            moved = tensor.detach().to(device=device, dtype=dtype)
+            moved = placed(tensor, device, dtype)
             return moved.to(memory_format=self._layout) if moved.ndim == 4 else moved
 
         arguments = map_tensors(inputs, place)
 
-        def run() -> None:
-            ready(*arguments)
+        def run() -> Any:
+            return ready(*arguments)
 
         return _replay(run, device) if self.cuda_graphs else run
 
@@ -131,9 +142,11 @@ class Torch:
     def _ready(self, module: nn.Module, device: torch.device) -> Callable[..., Any]:
         """The module on its device, in its type and layout; itself if it is so, else a copy."""
         ready = settle(module, device, self.dtype)
-        if self.channels_last:
-            copied: Any = copy.deepcopy(ready) if ready is module else ready
-            ready = copied.to(memory_format=torch.channels_last)
+        if all(t.is_contiguous(memory_format=self._layout) for t in _images(ready)):
+            return ready
+        ready = copy.deepcopy(ready) if ready is module else ready
+        for tensor in _images(ready):
+            tensor.data = tensor.data.contiguous(memory_format=self._layout)
         return ready
 
     def block_ms(self, run: Callable[[], None], calls: int) -> float:
@@ -148,14 +161,34 @@ class Torch:
             return _accelerator_ms(run, calls, device)
 
 
-def _replay(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The same work, recorded once as a CUDA graph.
+def _images(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters and buffers that have a layout."""
+    return (t for t in [*module.parameters(), *module.buffers()] if t.dim() == 4)
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """A recorded CUDA graph, and what it works on: it keeps no memory alive by itself."""
+
+    graph: Any
+    run: Callable[[], Any]  # holds the module and its inputs
+    output: Any
+    calls: int = 1  # of `run`, recorded one after the other
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def _replay(run: Callable[[], Any], device: torch.device) -> _Replay:
+    """The same work, recorded as a CUDA graph.
+
+    Short work is recorded several times: to start a graph takes microseconds too, which a network
+    spends once and not for each of its kernels.
 
     Raises:
         LatencyError: the work can't be recorded (it copies to the host, or waits for it).
     """
     side = torch.cuda.Stream(device)
-    graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.device(device), torch.inference_mode():
             side.wait_stream(torch.cuda.current_stream(device))
@@ -163,13 +196,31 @@ def _replay(run: Callable[[], None], device: torch.device) -> Callable[[], None]
                 for _ in range(3):
                     run()
             torch.cuda.current_stream(device).wait_stream(side)
-            with torch.cuda.graph(graph):
-                run()
+            once = _recorded(run, 1)
+            once()  # the first time it is sent to the device
+            took = _cuda_ms(once, 1, device)
+            calls = min(math.ceil(_GRAPH_MS / max(took, 1e-3)), _MOST_RECORDED)
+            return once if calls == 1 else _recorded(run, calls)
     except RuntimeError as e:
         raise LatencyError(
             f"the work can't be recorded as a CUDA graph ({e}): measure with cuda_graphs=False"
         ) from e
-    return graph.replay
+
+
+def _recorded(run: Callable[[], Any], calls: int) -> _Replay:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            output = run()
+    return _Replay(graph, run, output, calls)
+
+
+def _matmul_precision() -> str:
+    """How float32 matrices are multiplied (as "highest", "tf32")."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by torch's newer names, which the older ones don't know
+        return str(torch.backends.cuda.matmul.fp32_precision)
 
 
 def _convolution_precision() -> str | None:
@@ -191,17 +242,19 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _cuda_ms(run: Callable[[], None], calls: int, device: torch.device) -> float:
+def _cuda_ms(run: Callable[[], Any], calls: int, device: torch.device) -> float:
+    recorded = run.calls if isinstance(run, _Replay) else 1
+    replays = max(round(calls / recorded), 1)
     with torch.cuda.device(device):
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)  # work of the kernel before must not be counted
         start.record()
-        for _ in range(calls):
+        for _ in range(replays):
             run()
         end.record()
         end.synchronize()
-        return float(start.elapsed_time(end))
+        return float(start.elapsed_time(end)) * calls / (replays * recorded)
 
 
 def _accelerator_ms(run: Callable[[], None], calls: int, device: torch.device) -> float:

@@ -249,6 +249,8 @@ class LabelRun:
     op: str = ""
     size: int = 1  # labels handed out, FIXED included
     observer: Callable[[OpCall], None] | None = None  # sees every operator after its rule
+    # Sees what goes into and comes out of each node that nobody looks into.
+    whole_observer: Callable[[list[torch.Tensor], list[torch.Tensor]], None] | None = None
     silent: bool = False  # operators run without rules: inside of a module that has its own
 
     def choose(self, dims: tuple[int, ...]) -> tuple[tuple[str, int], int]:

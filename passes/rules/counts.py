@@ -59,10 +59,13 @@ def _dropped(count: Count, groups: ChannelGroups, branch: int) -> Count:
 
 
 def mac_counts(groups: ChannelGroups) -> list[Count]:
-    """Multiply-adds of all convolutions and matrix products, for the example's batch size."""
+    """Multiply-adds of all convolutions and matrix products, for the example's batch size.
+
+    Those in modules that nobody looks into are among them, as counted when the example ran.
+    """
     alike: dict[Any, list[Work]] = {}
     for item in groups.work:
-        if item.kind == "contraction":
+        if item.kind in ("contraction", "whole") and item.flops:
             part = Part((item.node,), (item,), (), ())
             alike.setdefault(frozenset(a.parts for a in axes_of(part)[0]), []).append(item)
     return [

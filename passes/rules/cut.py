@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,8 @@ from halp_fx.passes.rules.structure import named_tensors, substitute_copy
 from halp_fx.types import ChannelGroups, TensorSpec
 
 __all__ = ["cut", "signature"]
+
+_LARGE = 2**20  # numbers, from which on to draw them takes longer than to measure
 
 _SIZES = {
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
@@ -41,13 +46,34 @@ def signature(groups: ChannelGroups, nodes: tuple[str, ...], kept: Mapping[int, 
             target = module.get_submodule(str(node.target))
             tensors = [_shape(groups.parameters[f"{node.target}.{name}"], kept)
                        for name, _ in named_tensors(target)]  # fmt: skip
-            text = f"{type(target).__name__}({_attributes(target)}) parameters {tensors}"
+            text = f"{_kind(target)}({_attributes(target)}) parameters {tensors}"
         else:
             name = node.target if isinstance(node.target, str) else node.target.__name__
             text = f"{name}({_constants(node)})"
         parts.append(f"{text} inputs {inputs}")
     last = _shapes(groups.outputs.get(nodes[-1]), kept)
     return " -> ".join(parts) + f" gives {last}"
+
+
+def _kind(module: nn.Module) -> str:
+    """Class of a module; of the user's own ones also what is in them, and their code."""
+    kind = type(module)
+    if kind.__module__.startswith(("torch.", "torchvision.")):
+        return kind.__name__
+    digest = hashlib.sha256()
+    for path, part in module.named_modules():
+        own: Any = type(part)
+        digest.update(f"{path} {_source(own)} {part.extra_repr()}\n".encode())
+    return f"{kind.__name__}#{digest.hexdigest()[:12]}"
+
+
+@lru_cache(maxsize=1024)
+def _source(kind: Any) -> str:
+    try:
+        code = inspect.getsource(kind)
+    except (OSError, TypeError):  # made in a console, or in C
+        code = ""
+    return f"{kind.__module__}.{kind.__qualname__} {code}"
 
 
 def _attributes(module: nn.Module) -> str:
@@ -83,6 +109,8 @@ def _shapes(value: Any, kept: Mapping[int, int]) -> Any:
         return _shape(value, kept)
     if isinstance(value, (tuple, list)):
         return [_shapes(v, kept) for v in value]
+    if isinstance(value, dict):
+        return {str(key): _shapes(v, kept) for key, v in value.items()}
     return value if isinstance(value, (int, float, bool)) else None
 
 
@@ -100,23 +128,29 @@ def cut(
         a module with the surviving weights, and random inputs for it.
     """
     labelled: Labelled = groups.labelled
-    facts = Shrunk(labelled.snapshots, groups.traced.values, _first_units(groups, kept))
+    snapshots = dict(labelled.snapshots)
+    facts = Shrunk(snapshots, groups.traced.values, _first_units(groups, kept))
     graph, holder = fx.Graph(), nn.Module()
     copies: dict[fx.Node, Any] = {}
     meta: dict[fx.Node, Any] = {}
     inputs: list[torch.Tensor] = []
     generator = torch.Generator().manual_seed(0)
+    device = next((t.device for _, t in named_tensors(groups.traced.module)), torch.device("cpu"))
 
     def outside(node: fx.Node) -> Any:
         """What a node outside the kernel gives: an input, or a number."""
         snap = labelled.snapshots.get(node.name)
-        if not isinstance(snap, Snapshot):
-            if next(snapshots_in(snap), None) is not None:
-                raise ValueError(f"{node.name} gives several tensors")
+        if next(snapshots_in(snap), None) is None:
             return groups.traced.values.get(node.name)
-        new = graph.placeholder(node.name)
+        if isinstance(snap, Snapshot):
+            return entrance(node.name, snap)
+        return map_tensors(snap, lambda part: entrance(f"part_{len(inputs)}_of_{node.name}", part))
+
+    def entrance(name: str, snap: Snapshot) -> fx.Node:
+        new = graph.placeholder(name)
+        snapshots[new.name] = snap
         meta[new] = torch.empty(facts.shape(snap), dtype=snap.dtype, device="meta")
-        inputs.append(_random(facts.shape(snap), snap.dtype, generator))
+        inputs.append(_random(facts.shape(snap), snap.dtype, generator, device))
         return new
 
     for node in _ordered(groups, nodes):
@@ -135,8 +169,7 @@ def cut(
         copies[node] = new
     graph.output(copies[_ordered(groups, nodes)[-1]])
     module = fx.GraphModule(holder, graph).eval()
-    device = next((t.device for _, t in named_tensors(groups.traced.module)), torch.device("cpu"))
-    return module, tuple(x.to(device) for x in inputs)
+    return module, tuple(inputs)
 
 
 def _settle(
@@ -218,7 +251,12 @@ def _attach(holder: nn.Module, path: str, module: nn.Module) -> None:
     holder.add_module(leaf, module)
 
 
-def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+def _random(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, device: torch.device
+) -> torch.Tensor:
+    """Random numbers; in a large tensor each of a batch has the same ones, in the same memory."""
+    if math.prod(shape) > _LARGE and shape[0] > 1:
+        return _random((1, *shape[1:]), dtype, generator, device).expand(shape)
     if dtype.is_floating_point:
-        return torch.randn(shape, generator=generator).to(dtype)
-    return torch.zeros(shape, dtype=dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
+    return torch.zeros(shape, dtype=dtype, device=device)

@@ -183,14 +183,28 @@ class LabelInterpreter(fx.Interpreter):
                 return module(*args, **kwargs)
         except Exception:  # noqa: BLE001  it may well depend on values
             self.blind.add(n.name)
-            return fresh(self.traced.values[n.name])
+            return self.given(n)
 
     def hold(self, n: fx.Node, reason: str) -> Any:
         """Pin all that goes into a node and give what it gave for the example."""
         self.held.add(n.name)
         for tensor in self.tensors_into(n):
             self.labels.pin_tensor(tensor, reason)
-        return fresh(self.traced.values[n.name])
+        return self.given(n)
+
+    def given(self, n: fx.Node) -> Any:
+        """What a node gave for the example."""
+        value = fresh(self.traced.values[n.name])
+        if self.labels.whole_observer is not None:
+            target: Any = self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target
+            self.labels.node = n.name
+            self.labels.op = (
+                type(target).__name__
+                if n.op == "call_module"
+                else getattr(target, "__name__", str(target))
+            )
+            self.labels.whole_observer(list(self.tensors_into(n)), list(tensors_in(value)))
+        return value
 
     def tensors_into(self, n: fx.Node) -> Iterator[torch.Tensor]:
         """Argument tensors of a node, and the parameters and buffers of its module."""

@@ -27,6 +27,11 @@ class Part:
     def op(self) -> str:
         return " + ".join(w.op for w in self.work)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a node that nobody looks into."""
+        return any(w.kind == "whole" for w in self.work)
+
 
 def kernel_parts(groups: ChannelGroups, fuses: bool, split: bool) -> list[Part]:
     """Cut the graph into kernels.
@@ -56,7 +61,7 @@ def kernel_parts(groups: ChannelGroups, fuses: bool, split: bool) -> list[Part]:
         several = split and len(work) > 1 and not _is_simple(work)
         for piece in [(w,) for w in work] if several else [tuple(work)]:
             parts.append(_part(node, piece))
-        if not several:
+        if not several and not parts[-1].is_whole:
             open_in[node.name] = len(parts) - 1
     return parts
 
