@@ -269,6 +269,7 @@ def test_a_bundle_and_its_results(tmp_path: Path) -> None:
         assert opened.entries()
     ok("prune", WIDE, "-b", "0.9", "--latency", table, "-o", tmp_path / "out", "--no-onnx")
     (tmp_path / "other.jsonl").write_text("{}\n")
+    assert "takes -o FILE" in refused("profile", WIDE, "--import", bundle / "results.jsonl")
     text = refused("profile", WIDE, "--import", tmp_path / "other.jsonl", "-o", table)
     assert "other.jsonl" in text
 

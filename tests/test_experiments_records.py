@@ -108,6 +108,24 @@ def test_a_run_goes_on_where_it_was(task: Task, tmp_path: Path) -> None:
     assert again[:3] == made[:3]
 
 
+def test_one_network_is_measured_once(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[float] = []
+
+    def measure(self: Task, network: nn.Module) -> tuple[float, float]:
+        measured.append(1.0)
+        return 2.0, float(len(measured))
+
+    monkeypatch.setattr(Task, "measured", measure)
+    fresh = replace(task, _kept={})
+    plan = Plan(("tiny",), (METHODS["joint"], METHODS["uniform"]), (0.5,), (0, 1))
+    _, *records = run(plan, Journal(tmp_path / "r.jsonl", "x"), lambda name: fresh)
+    shares = [record.share for record in records]
+    assert shares[1] == shares[3]  # the widths of uniform do not depend on the seed
+    assert len(set(shares)) == 3
+
+
 @pytest.mark.parametrize("error", [AssertionError, KeyError, TypeError, ZeroDivisionError])
 def test_whatever_a_method_fails_by_is_a_remark(
     task: Task, tmp_path: Path, error: type[Exception]

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from halp_fx.errors import InputError
-from halp_fx.latency import LatencyTable, OnnxRuntime, default_table_path, import_results
+from halp_fx.latency import LatencyTable, OnnxRuntime, import_results
 from halp_fx.latency.device import summary
 from halp_fx.tools import advice, profiler
 from halp_fx.tools import sweep as sweeper
@@ -144,6 +144,11 @@ def profile(
             {**elsewhere, "--bundle": bundle is not None},
             "the results say how they were measured",
         )
+        if output is None:
+            raise InputError(
+                "--import takes -o FILE: a device that is elsewhere has a table of its own, as "
+                "-o board.sqlite"
+            )
         _take(results, output)
         return
     if bundle is not None:
@@ -194,8 +199,8 @@ def _refuse(option: str, given: Mapping[str, bool], reason: str) -> None:
         raise InputError(f"{option} takes no {', '.join(idle)}: {reason}")
 
 
-def _take(results: Path, output: Path | None) -> None:
-    with LatencyTable.open(output or default_table_path()) as table:
+def _take(results: Path, output: Path) -> None:
+    with LatencyTable.open(output) as table:
         device = import_results(results, table)
         count = len(table.entries(device))
         err().print(f"the table has {count} measurements of {escape(summary(device))}")

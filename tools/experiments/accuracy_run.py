@@ -143,7 +143,8 @@ def _record(task: Task, method: Method, budget: float, seed: int, settings: str)
 def _made(task: Task, method: Method, budget: float, seed: int, base: Record) -> Record:
     key = ("candidate", method.pruned_as or method.name, budget, seed if method.seeded else None)
     candidate = task.once(key, lambda: method.prune(task, budget, seed))
-    dense_ms, pruned_ms = task.measured(candidate.network)
+    # The networks of a method without seeds are measured once: they are the same ones.
+    dense_ms, pruned_ms = task.once(("latency", *key), lambda: task.measured(candidate.network))
     network = deepcopy(candidate.network).to(task.device)
     images = task.tested()
     before: np.ndarray[Any, Any] | None = None
