@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from halp_fx.errors import InputError
 
-__all__ = ["device_of", "each_of", "float_tensors", "inputs_of", "target_of"]
+__all__ = ["device_of", "each_of", "float_tensors", "inputs_of", "moved", "target_of"]
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -34,17 +34,22 @@ def each_of(data: Any) -> Iterator[Any]:
     raise InputError(f"data is a {type(data).__name__}: pass a list of minibatches, or a loader")
 
 
+def moved(value: Any, device: torch.device) -> Any:
+    """The same value with all tensors in its containers on the device."""
+    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, value)
+
+
 def inputs_of(batch: Any, device: torch.device) -> tuple[Any, ...]:
     """The inputs of a batch `(inputs, target)`, or of one that is a tensor of inputs."""
     given = batch[0] if isinstance(batch, (tuple, list)) else batch
     items = tuple(given) if isinstance(given, (tuple, list)) else (given,)
-    return tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in items)
+    return tuple(moved(x, device) for x in items)
 
 
 def target_of(batch: Any, device: torch.device) -> Any:
     """The target of a batch `(inputs, target)`; None of one that has inputs alone."""
     target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
-    return target.to(device) if isinstance(target, torch.Tensor) else target
+    return moved(target, device)
 
 
 def float_tensors(output: Any) -> list[torch.Tensor]:

@@ -18,8 +18,9 @@ from torch import fx, nn
 
 from halp_fx.errors import InputError, SaliencyError
 from halp_fx.minibatches import device_of, float_tensors, inputs_of, target_of
+from halp_fx.passes.rules.scored import ScoredMembers
 from halp_fx.passes.rules.structure import named_tensors
-from halp_fx.types import ChannelGroups, FloatArray, Group, Plan, Saliency
+from halp_fx.types import ChannelGroups, FloatArray, Plan, Saliency
 
 __all__ = [
     "BY_BOTH",
@@ -65,8 +66,9 @@ def score(
     """Score every unit.
 
     With data, a first-order change `t` is taken for each minibatch when a unit goes: `t = sum over
-    the coupled layers of gamma * dgamma + beta * dbeta` on batch norm, or `t = sum of W * dW` over
-    the filters that make the channel where there is none.
+    the coupled layers of gamma * dgamma + beta * dbeta` on batch, instance and group norm, or
+    `t = sum of W * dW` over the filters that make the channel where there is none; of a norm
+    without gamma, over the weights that read the channel.
 
     Of the loss:
 
@@ -132,7 +134,11 @@ def score(
     if data is None or method == "magnitude":
         return _checked(groups, _magnitude(groups), "magnitude", True)
     module = _private_copy(groups.traced.module)
-    sources = [_scored_members(groups, g, module) for g in groups.groups]
+    scored = ScoredMembers(groups)
+    sources = [
+        [(m.name, m.dim, m.index) for m in scored.of(number)]
+        for number in range(len(groups.groups))
+    ]
     optional = method is None or method in BY_LOSS
     probes = _probes(method or _default(loss), loss, both, optional=optional)
     found = _by_gradients(groups, module, sources, data, probes, progress)
@@ -165,17 +171,17 @@ def score_survivors(
     """
     groups = plan.groups
     module = _private_copy(network)
-    dense = groups.traced.module
+    scored = ScoredMembers(groups)
     sources: list[_Sources] = []
-    for group, units in zip(groups.groups, plan.units, strict=True):
+    for number, (group, units) in enumerate(zip(groups.groups, plan.units, strict=True)):
         members: _Sources = []
         # Of branches that were dropped nothing is left.
         left = [m for m in group.members if not _is_gone(plan.kept[m.name])]
-        for name, dim, index in _scored_members(groups, replace(group, members=tuple(left)), dense):
-            survivors = plan.kept[name][dim]
-            own = index[units]
+        for member in scored.of(number, left):
+            survivors = plan.kept[member.name][member.dim]
+            own = member.index[units]
             place = own if survivors is None else np.searchsorted(survivors.numpy(), own)
-            members.append((name, dim, place))
+            members.append((member.name, member.dim, place))
         sources.append(members)
     counts = [len(units) for units in plan.units]
     method = method or _default(loss)
@@ -399,53 +405,22 @@ def _projections(optional: bool) -> Callable[[Any, Any], list[torch.Tensor]]:
     return scalars
 
 
-def _scored_members(groups: ChannelGroups, group: Group, module: fx.GraphModule) -> _Sources:
-    """(parameter, dim, index) whose products with their gradients are summed for a group."""
-    norms = _batch_norm_parameters(module)
-    members = [m for m in group.members if m.dim == 0 and m.name in norms]
-    if not members:
-        producers = [m for m in group.members if m.dim == 0 and _is_weight(groups, m.name)]
-        members = producers or [m for m in group.members if m.dim == 0] or list(group.members)
-    parameters = {name for name, _ in module.named_parameters()}
-    seen: set[int] = set()
-    unique: _Sources = []
-    tensors = dict(named_tensors(module))
-    for member in members:
-        tensor = tensors[member.name]
-        if id(tensor) in seen or member.name not in parameters:
-            continue
-        seen.add(id(tensor))
-        unique.append((member.name, member.dim, member.index))
-    return unique
-
-
-def _batch_norm_parameters(module: nn.Module) -> set[str]:
-    kinds = (nn.modules.batchnorm._BatchNorm,)
-    return {
-        f"{path}.{leaf}"
-        for path, part in module.named_modules()
-        if isinstance(part, kinds)
-        for leaf in ("weight", "bias")
-    }
-
-
 def _is_gone(kept: Sequence[torch.Tensor | None]) -> bool:
     """Whether a parameter went with a branch that was dropped whole."""
     return any(index is not None and not len(index) for index in kept)
-
-
-def _is_weight(groups: ChannelGroups, name: str) -> bool:
-    return len(groups.parameters[name].extents) > 1
 
 
 def _sum_of_products(tensor: torch.Tensor, dim: int, index: Any) -> FloatArray:
     """Sum of `W * dW` over all that each unit owns, float64 (units,)."""
     if tensor.grad is None:
         return np.zeros(len(index))
-    product = (tensor.detach().double() * tensor.grad.double()).movedim(dim, 0)
-    rows = product.reshape(product.shape[0], -1).sum(1)
-    summed: FloatArray = rows.cpu().numpy()[index].sum(axis=1)
-    return summed
+    value, gradient = tensor.detach(), tensor.grad
+    if value.dtype in (torch.float16, torch.bfloat16):
+        value, gradient = value.float(), gradient.float()
+    product = (value * gradient).movedim(dim, 0).reshape(value.shape[dim], -1)
+    finest = torch.float32 if value.device.type == "mps" else torch.float64  # it has no other
+    rows: FloatArray = product.sum(1, dtype=finest).cpu().double().numpy()
+    return np.asarray(rows[index].sum(axis=1), dtype=np.float64)
 
 
 def _magnitude(groups: ChannelGroups) -> list[FloatArray]:

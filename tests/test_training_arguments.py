@@ -155,6 +155,11 @@ def test_a_wrapper_from_before_a_cut(tmp_path: Path) -> None:
             assert not wrapping_of(plain, None)[1](network()).broadcast_buffers
         model = DistributedDataParallel(network())
         pruner = GradualPruner(model, 0.4, example(), steps=1, every=1, latency="analytic")
+        compiled = torch.compile(DistributedDataParallel(network()))
+        with pytest.warns(UserWarning, match="which is kept, but not compiled"):
+            inner, wrap = wrapping_of(compiled, None)
+        assert isinstance(inner, nn.Sequential)
+        assert isinstance(wrap(network()), DistributedDataParallel)
         own = pruner.model
         own(example()).square().mean().backward()
         pruner.after_backward()

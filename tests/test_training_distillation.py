@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import halp_fx
+from halp_fx import minibatches
 from halp_fx.errors import InputError
 from halp_fx.training import Distillation, GradualPruner, distillation_loss, fine_tune
 from tests.training_networks import batches, digits, example, network
@@ -78,6 +79,88 @@ def test_features_are_compared_on_the_channels_that_survive() -> None:
     assert torch.equal(output, small(images))
 
 
+def test_ignored_positions_say_nothing() -> None:
+    student, teacher = _logits(0, 2, 4, 3, 3), _logits(1, 2, 4, 3, 3)
+    target = torch.randint(0, 4, (2, 3, 3), generator=torch.Generator().manual_seed(2))
+    target[0, 1:], target[1, :, 0] = 255, 255
+    rows = (target != 255).flatten()
+    counted = [x.movedim(1, -1).reshape(-1, 4)[rows] for x in (student, teacher)]
+    for alpha in (0.0, 0.3, 1.0):
+        ours = distillation_loss(student, teacher, target, alpha=alpha, ignore_index=255)
+        expected = distillation_loss(*counted, target.flatten()[rows], alpha=alpha)
+        torch.testing.assert_close(ours, expected)
+    nothing = torch.full_like(target, 255)
+    assert float(distillation_loss(student, teacher, nothing, ignore_index=255)) == 0.0
+
+
+class Named(nn.Module):
+    """Gives a dict, as the segmenters of torchvision do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return {"aux": x.mean(), "out": self.net(x)}
+
+
+def test_one_of_several_outputs_is_compared() -> None:
+    model = Named()
+    pruned = halp_fx.compile(model, 0.6, example(), latency="analytic")
+    x, target = batches(1)[0]
+    output, loss = Distillation(model, select=lambda output: output["out"])(pruned, x, target)
+    assert set(output) == {"aux", "out"}
+    expected = distillation_loss(output["out"], model.eval()(x)["out"], target)
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(InputError, match="student_logits are a dict"):
+        Distillation(model)(pruned, x, target)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """A norm of a library: tracing goes into it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(super().forward(x))
+
+
+def test_features_that_are_not_seen_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), OwnNorm(16), nn.Conv2d(16, 4, 1), nn.Flatten())
+    pruned = halp_fx.compile(model, 0.6, example(), latency="analytic")
+    x = batches(1)[0][0]
+    assert float(Distillation(model, features=["0"])(pruned, x)[1].detach()) > 0
+    with pytest.raises(InputError, match=r"features has '1', but no output of it is seen"):
+        Distillation(model, features=["1"])(pruned, x)
+
+
+def test_inputs_and_targets_may_be_nested() -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Any) -> Any:
+            return self.layer(x["a"] + x["b"][0])
+
+    x = {"a": torch.ones(4, 3), "b": [torch.ones(4, 3)]}
+    target = (torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.int64), 0.3)
+    moved: list[Any] = []
+
+    def mixed(output: torch.Tensor, aim: Any) -> torch.Tensor:
+        moved.append(aim)
+        first, second, share = aim
+        return share * F.cross_entropy(output, first) + (1 - share) * F.cross_entropy(
+            output, second
+        )
+
+    network_, losses = Several(), []
+    losses += fine_tune(network_, [((x,), target)] * 2, mixed, epochs=2)
+    assert losses[1] < losses[0]
+    device = torch.device("meta")
+    nested = minibatches.moved((x, target), device)
+    assert nested[0]["b"][0].device == nested[1][1].device == device
+    assert nested[1][2] == 0.3
+
+
 def test_a_network_that_is_the_teacher_differs_in_nothing() -> None:
     model = network().eval()
     same = halp_fx.compile(model, 1.0, example(), latency="analytic").eval()
@@ -115,6 +198,7 @@ def test_features_follow_a_network_that_shrinks() -> None:
         (lambda: distillation_loss(_logits(0, 2, 3), _logits(0, 2, 4)), r"student_logits are \(2"),
         (lambda: distillation_loss(_logits(0, 2, 3), _logits(0, 2, 3), alpha=2), "alpha is 2"),
         (lambda: Distillation(network(), temperature=0), "temperature is 0: pass a number above"),
+        (lambda: Distillation(network(), select="out"), "select is 'out': pass a callable"),  # type: ignore[arg-type]
         (lambda: Distillation(network(), features=["2"]), "features has '2', which is no layer"),
         (lambda: Distillation(network(), features="conv"), "features has 'conv', which is no"),
         (

@@ -145,3 +145,61 @@ def test_a_moving_average_of_scores_leaves_masked_units_out() -> None:
     _train(again, torch.optim.SGD(again.model.parameters(), 0.01), batches(2, seed=4), ema)
     for own, old, new in zip(hidden, before, averages(), strict=True):
         np.testing.assert_allclose(new[own], old[own], rtol=1e-6)
+
+
+def test_weights_of_which_nothing_is_left_get_no_gradient() -> None:
+    """A batch norm after them would make it hundreds of times too large."""
+    dense = Dense.of(network(), example(), include=None, exclude=None, exact=False)
+    net = dense.build(dense.whole())
+    groups = dense.groups
+    (inner,) = [g for g, found in enumerate(groups.groups) if found.name == "3.conv1"]
+    removed = [
+        np.arange(n) if g == inner else np.arange(0) for g, n in enumerate(groups.dense_units)
+    ]
+    images, classes = batches(1)[0]
+    plain = copy.deepcopy(net)
+    nn.functional.cross_entropy(plain(images), classes).backward()
+    usual = float(plain.get_parameter("3.conv2.weight").grad.norm())  # type: ignore[union-attr]
+    mask = Mask(groups)
+    mask.put(net, removed)
+    kept = mask.state()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    weight = net.get_parameter("3.conv2.weight")
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(images), classes).backward()
+        total = torch.nn.utils.clip_grad_norm_(net.parameters(), 1e9)
+        assert weight.grad is not None and not weight.grad.any()
+        assert float(total) < 100 * usual
+        optimizer.step()
+        mask.absorb()
+    for before, after in zip(kept, mask.state(), strict=True):
+        torch.testing.assert_close(after, before)
+    mask.lift()
+    nn.functional.cross_entropy(net(images), classes).backward()
+    assert weight.grad is not None and weight.grad.any()  # it is trained again
+
+
+def test_soft_pruning_with_whole_branches_gone_keeps_gradients_small() -> None:
+    torch.manual_seed(0)
+    pruner = GradualPruner(
+        network(), 0.12, example(), steps=3, every=3, latency="analytic", soft=True, min_share=0.3
+    )
+    optimizer = torch.optim.SGD(pruner.model.parameters(), 0.01, momentum=0.9)
+    norms, dropped = [], False
+    for images, classes in batches(9):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(pruner.model(images), classes).backward()
+        norms.append(
+            float(
+                torch.nn.utils.get_total_norm(
+                    [p.grad for p in pruner.model.parameters() if p.grad is not None]
+                )
+            )
+        )
+        pruner.after_backward()
+        optimizer.step()
+        pruner.step(optimizer)
+        dropped = dropped or any(not len(own) for own in pruner.plan.units)
+    assert dropped, "no branch was dropped: the budget is too large for this test"
+    assert max(norms) < 10 * norms[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ def distillation_loss(
     temperature: float = 4.0,
     alpha: float = 0.9,
     label_smoothing: float = 0.0,
+    ignore_index: int = -100,
 ) -> torch.Tensor:
     """`alpha * T**2 * KL(teacher / T, student / T) + (1 - alpha) * cross entropy(target)`.
 
@@ -38,9 +39,11 @@ def distillation_loss(
         temperature: T, above 0.
         alpha: share of the teacher, 0 to 1; without a target it counts in full.
         label_smoothing: of the cross entropy.
+        ignore_index: class of samples (or positions) that say nothing, to the teacher's part too;
+            255 in many sets for segmentation.
 
     Returns:
-        A scalar, the mean over samples (and positions).
+        A scalar, the mean over samples (and positions); 0 where all are ignored.
 
     Raises:
         InputError: shapes that differ, or a setting out of range.
@@ -65,11 +68,20 @@ def distillation_loss(
     student = F.log_softmax(student_logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=1)
     each = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
-    soft = each.mean() * temperature**2
     if target is None:
-        return soft
-    hard = F.cross_entropy(student_logits, target, label_smoothing=label_smoothing)
-    return alpha * soft + (1 - alpha) * hard
+        return each.mean() * temperature**2
+    if target.is_floating_point():
+        soft = each.mean() * temperature**2
+        hard = F.cross_entropy(student_logits, target, label_smoothing=label_smoothing)
+        return alpha * soft + (1 - alpha) * hard
+    counted = target != ignore_index
+    count = counted.sum().clamp_min(1)
+    soft = torch.where(counted, each, 0.0).sum() / count * temperature**2
+    hard = F.cross_entropy(
+        student_logits, target, label_smoothing=label_smoothing, ignore_index=ignore_index,
+        reduction="sum",
+    )  # fmt: skip
+    return alpha * soft + (1 - alpha) * hard / count
 
 
 class Distillation:
@@ -78,7 +90,9 @@ class Distillation:
     Args:
         teacher: the dense network. It is used in eval mode and without gradients, and left in its
             own mode. The model that was given to `GradualPruner` or `compile` is one as it is.
-        temperature, alpha, label_smoothing: as in `distillation_loss`.
+        temperature, alpha, label_smoothing, ignore_index: as in `distillation_loss`.
+        select: of a network with several outputs, output -> the logits that are compared, as
+            `lambda output: output["out"]`.
         features: layers with weights (convolution, linear, batch norm) whose outputs are compared
             on the channels that survive: names, or a dict from name to weight. A layer that is
             gone by now is left out.
@@ -100,6 +114,8 @@ class Distillation:
         temperature: float = 4.0,
         alpha: float = 0.9,
         label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        select: Callable[[Any], torch.Tensor] | None = None,
         features: Iterable[str] | Mapping[str, float] = (),
     ) -> None:
         if not isinstance(teacher, nn.Module):
@@ -116,7 +132,10 @@ class Distillation:
                 )
         self.teacher = teacher
         self.temperature, self.alpha = temperature, alpha
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        if select is not None and not callable(select):
+            raise InputError(f"select is {select!r}: pass a callable, output -> logits, or None")
+        self.select = select if select is not None else _as_it_is
 
     def __call__(
         self, student: nn.Module, inputs: Any, target: torch.Tensor | None = None
@@ -135,11 +154,14 @@ class Distillation:
         with _outputs(network, self.features) as own:
             output = student(*given)
         loss = distillation_loss(
-            output, expected, target, temperature=self.temperature, alpha=self.alpha,
-            label_smoothing=self.label_smoothing,
+            self.select(output), self.select(expected), target, temperature=self.temperature,
+            alpha=self.alpha, label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
         )  # fmt: skip
         for name, weight in self.features.items():
-            if name in own and name in seen:
+            if name not in seen or name not in own:
+                _check_gone(network, name)
+            else:
                 loss = loss + weight * self._difference(network, name, own[name], seen[name])
         return output, loss
 
@@ -157,6 +179,26 @@ class Distillation:
         own, seen = _precise(own), _precise(seen)
         size = seen.square().mean().clamp_min(1e-12)
         return F.mse_loss(own, seen.to(own.dtype)) / size
+
+
+def _as_it_is(output: Any) -> Any:
+    return output
+
+
+def _check_gone(network: nn.Module, name: str) -> None:
+    """That a layer without an output went with a branch.
+
+    Raises:
+        InputError: it is there, but nobody calls it, or the hook on it is not.
+    """
+    kept = plan_of(network).kept[f"{name}.weight"]
+    if not any(index is not None and not len(index) for index in kept):
+        raise InputError(
+            f"features has {name!r}, but no output of it is seen in both networks: a norm of a "
+            "library's own class is no layer any more once it was traced, and a network that was "
+            "compiled before calls no new hooks. Name a convolution or linear layer beside it, or "
+            "distil the network that is not compiled"
+        )
 
 
 def _precise(values: torch.Tensor) -> torch.Tensor:

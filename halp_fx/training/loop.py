@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from halp_fx.errors import DivergedError, InputError
-from halp_fx.minibatches import device_of
+from halp_fx.minibatches import device_of, moved
 from halp_fx.training.arguments import check_model
 from halp_fx.training.distillation import Distillation
 from halp_fx.training.pruner import GradualPruner
@@ -134,9 +134,8 @@ def _value_of(
     loss: Callable[[Any, Any], torch.Tensor] | Distillation,
 ) -> torch.Tensor:
     device = device_of(network)
-    given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    given = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in given)
-    aim = target.to(device) if isinstance(target, torch.Tensor) else target
+    given = moved(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), device)
+    aim = moved(target, device)
     if isinstance(loss, Distillation):
         return loss(network, given, aim)[1]
     return loss(network(*given), aim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ class _Columns:
     dim: int
     positions: torch.Tensor  # (units * width,) int64, along `dim`
     kept: torch.Tensor  # what they would be without the mask
+    hook: Any = None  # where nothing of the parameter is left
 
     def now(self) -> torch.Tensor:
         whole = self.parameter.detach()
@@ -42,7 +44,8 @@ class Mask:
     The network then computes what it will compute without those units. A gradient still reaches
     the weights at zero; what the optimiser adds to them is added to those that are kept aside,
     so they are trained as if the mask let gradients through (Lin et al., Dynamic Model Pruning
-    with Feedback, ICLR 2020).
+    with Feedback, ICLR 2020). But weights of which all are at zero get none: a batch norm after
+    them sees no variance, and makes gradients hundreds of times too large of it.
 
     Averaged copies are masked alike. An average over zeros says nothing about a unit that comes
     back, so it starts again at the network's weights.
@@ -67,7 +70,10 @@ class Mask:
                 for parameter, member in self._readers(network, g) if len(own) else ():
                     index = torch.from_numpy(member.index[own].reshape(-1)).to(parameter.device)
                     kept = parameter.detach().index_select(member.dim, index)
-                    columns = _Columns(member.name, parameter, member.dim, index, kept)
+                    hook = None
+                    if len(index) == parameter.shape[member.dim] and parameter.requires_grad:
+                        hook = parameter.register_hook(torch.zeros_like)
+                    columns = _Columns(member.name, parameter, member.dim, index, kept, hook)
                     columns.set(torch.zeros_like(kept), copies)
                     self._columns.append(columns)
 
@@ -82,6 +88,8 @@ class Mask:
         """Put all weights back where they belong."""
         for columns in reversed(self._columns):  # where two overlap, the first has the whole
             columns.set(columns.kept, copies)
+            if columns.hook is not None:
+                columns.hook.remove()
         self._columns, self.units = [], None
 
     def state(self) -> list[torch.Tensor]:

@@ -11,10 +11,11 @@ import torch
 from torch import fx, nn
 
 from halp_fx.errors import InputError, SaliencyError
+from halp_fx.passes.rules.scored import ScoredMembers
 from halp_fx.passes.rules.structure import tensor_at
 from halp_fx.passes.saliency import BY_LOSS, score
 from halp_fx.training.processes import sum_up
-from halp_fx.types import ChannelGroups, FloatArray, Group, IntArray, Member, Saliency
+from halp_fx.types import ChannelGroups, FloatArray, IntArray, Member, Saliency
 
 __all__ = ["GradientScores", "NotFiniteError"]
 
@@ -51,7 +52,8 @@ class GradientScores:
         self.groups = groups
         self.method = method
         self.smoothing = smoothing
-        self._sources = [_scored_members(groups, g) for g in groups.groups]
+        self._members = ScoredMembers(groups)
+        self._reached = [False] * len(groups.groups)  # by a gradient since the last choice
         self._parts: list[list[_Part]] = []
         self._alive: list[torch.Tensor] = []
         self._shown: list[torch.Tensor] | None = None  # bool, like `_alive`; None: all
@@ -66,10 +68,13 @@ class GradientScores:
         device = next(network.parameters()).device
         self._shown = None
         self._alive = [torch.from_numpy(u).to(device) for u in units]
-        self._parts = [
-            [_part(network, m, own, kept) for m in members if len(own) and not _gone(m, kept)]
-            for members, own in zip(self._sources, units, strict=True)
-        ]
+        self._parts = []
+        for number, (group, own) in enumerate(zip(self.groups.groups, units, strict=True)):
+            left = [m for m in group.members if len(own) and not _gone(m, kept)]
+            members = self._members.of(
+                number, left, lambda name: tensor_at(network, name).requires_grad
+            )
+            self._parts.append([_part(network, m, own, kept) for m in members])
         if not self.totals:
             self.totals = [
                 torch.zeros(n, dtype=_finest(device), device=device)
@@ -106,9 +111,11 @@ class GradientScores:
             self._move(present.device)
         shown_units: Sequence[torch.Tensor | None] = self._shown or [None] * len(self._parts)
         each = zip(self._parts, self._alive, shown_units, self.totals, self.weights, strict=True)
-        for parts, alive, shown, total, weight in each:
-            if not parts:
+        for g, (parts, alive, shown, total, weight) in enumerate(each):
+            # A loss that leaves out a head says nothing of it.
+            if all(part.parameter.grad is None for part in parts):
                 continue
+            self._reached[g] = True
             value = torch.stack([_products(part) for part in parts]).sum(0) / scale
             value = value.abs() ** BY_LOSS[self.method]
             # No branch on the values: that would wait for the device in every step.
@@ -155,8 +162,11 @@ class GradientScores:
             )
         scores: list[FloatArray] = []
         each = zip(self.groups.groups, units, self._parts, totals, weights, strict=True)
-        for group, own, parts, total, weight in each:
-            if len(own) and parts and not float(weight):
+        for g, (group, own, parts, total, weight) in enumerate(each):
+            unknown = len(own) and parts and not float(weight)
+            if unknown and not self._reached[g]:
+                raise _unreached(group.name)
+            if unknown:
                 raise NotFiniteError(
                     f"the saliency of group {group.name!r} is not finite in any of "
                     f"{self.batches} minibatches: check the loss for NaN or infinity"
@@ -199,6 +209,7 @@ class GradientScores:
         if self.smoothing is None:
             for tensor in (*self.totals, *self.weights):
                 tensor.zero_()
+            self._reached = [False] * len(self._reached)
         self.batches = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -233,22 +244,22 @@ class GradientScores:
         ]
 
     def _check_gradients(self) -> None:
-        without = [
-            group.name
-            for group, parts in zip(self.groups.groups, self._parts, strict=True)
-            if parts and all(part.parameter.grad is None for part in parts)
-        ]
-        if not without:
-            return
-        if len(without) == sum(bool(parts) for parts in self._parts):
+        present = [part.parameter for parts in self._parts for part in parts]
+        if present and all(parameter.grad is None for parameter in present):
             raise InputError(
                 "no gradients: call after_backward() after loss.backward() and before "
                 "optimizer.zero_grad(), with a loss of pruner.model's output"
             )
-        raise SaliencyError(
-            f"no gradient reaches the group {without[0]!r}: its layers are frozen, or the loss "
-            f"does not depend on them. Leave it whole with exclude=[{without[0]!r}], or train it"
-        )
+        for group, parts in zip(self.groups.groups, self._parts, strict=True):
+            if parts and not any(part.parameter.requires_grad for part in parts):
+                raise _unreached(group.name)
+
+
+def _unreached(name: str) -> SaliencyError:
+    return SaliencyError(
+        f"no gradient reaches the group {name!r}: its layers are frozen, or the loss does not "
+        f"depend on them. Leave it whole with exclude=[{name!r}], or train it"
+    )
 
 
 def _alive_groups(groups: ChannelGroups, units: Sequence[IntArray]) -> ChannelGroups:
@@ -260,23 +271,6 @@ def _alive_groups(groups: ChannelGroups, units: Sequence[IntArray]) -> ChannelGr
         ),
         unit_components=tuple(c[own] for c, own in zip(groups.unit_components, units, strict=True)),
     )
-
-
-def _scored_members(groups: ChannelGroups, group: Group) -> list[Member]:
-    """The parameters whose products with their gradients are summed for a group."""
-    module = groups.traced.module
-    norms = {
-        f"{path}.{leaf}"
-        for path, part in module.named_modules()
-        if isinstance(part, nn.modules.batchnorm._BatchNorm)
-        for leaf in ("weight", "bias")
-    }
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    rows = [m for m in group.members if m.dim == 0]
-    weights = [m for m in rows if len(groups.parameters[m.name].extents) > 1]
-    members = [m for m in rows if m.name in norms] or weights or rows or list(group.members)
-    unique = {id(parameters[m.name]): m for m in reversed(members) if m.name in parameters}
-    return list(reversed(unique.values()))
 
 
 def _gone(member: Member, kept: _Kept) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from halp_fx.errors import InputError
+from halp_fx.errors import InputError, warn_caller
 
 __all__ = ["Wrap", "retire", "wrapping_of"]
 
@@ -40,6 +40,14 @@ def wrapping_of(model: nn.Module, wrap: Wrap | None) -> tuple[nn.Module, Wrap]:
     """
     if wrap is not None and not callable(wrap):
         raise InputError(f"wrap is {wrap!r}: pass a callable that wraps a network, or None")
+    inside = model._modules.get("_orig_mod") if _is_compiled(model) else None
+    if isinstance(inside, DistributedDataParallel):
+        if wrap is None:
+            warn_caller(
+                "halp_fx: the compiled model is a DistributedDataParallel, which is kept, but not "
+                "compiled: for both pass wrap=lambda net: torch.compile(...) of one around it"
+            )
+        model = inside
     if not isinstance(model, DistributedDataParallel):
         return model, wrap if wrap is not None else _as_it_is
     if getattr(model, "mixed_precision", None) is not None:
@@ -67,6 +75,11 @@ def wrapping_of(model: nn.Module, wrap: Wrap | None) -> tuple[nn.Module, Wrap]:
         return DistributedDataParallel(network, **options)
 
     return model.module, again
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    # By name: torch._dynamo, where the class is, takes seconds to import.
+    return isinstance(model, nn.Module) and type(model).__name__ == "OptimizedModule"
 
 
 def _options(model: DistributedDataParallel) -> dict[str, Any]:
