@@ -11,7 +11,8 @@ from torch import fx, nn
 
 from halp_fx.api import compile, plan_of
 from halp_fx.budget import Budget
-from halp_fx.cores import Flow, capture, core_of, prune_parts, side_by_side, with_outside
+from halp_fx.cores import Flow, capture, prune_parts, side_by_side, with_outside
+from halp_fx.cores import core_of as core_of_parts
 from halp_fx.cores import put_back as put_parts_back
 from halp_fx.detection import detector_parts, is_detector
 from halp_fx.errors import InputError
@@ -22,6 +23,9 @@ __all__ = ["Core", "compile_core", "core_of", "restore_core"]
 
 # One submodule by its name, several, or a function that makes the core of the model.
 Core = str | Sequence[str] | Callable[[Any], nn.Module]
+
+# Key of `meta`: for names the graph of the parts, else where the core is, or the core itself.
+_CORE = "halp_fx_core"
 
 
 def compile_core(
@@ -103,6 +107,28 @@ def compile_core(
     return pruned
 
 
+def core_of(pruned: nn.Module) -> fx.GraphModule:
+    """The pruned core of a model as one `torch.fx.GraphModule`, which shares its weights.
+
+    Where a function made the core, this is what `put_back` was given. Of parts, what stands
+    between them is what the core was pruned with: for detectors with regions of interest a resize
+    in place of their pooling. To run such a core is of use for measuring only.
+
+    Raises:
+        InputError: the model has no core of ours.
+    """
+    held = getattr(pruned, "meta", {}).get(_CORE)
+    if isinstance(held, fx.Graph) or held is None:
+        return core_of_parts(pruned)
+    core = dict(pruned.named_modules()).get(held) if isinstance(held, str) else held
+    if not isinstance(core, fx.GraphModule):
+        raise InputError(
+            f"the pruned core was at {held!r} of {type(pruned).__name__}, where there is none now: "
+            "take core_of before anything else is put in its place"
+        )
+    return core
+
+
 def restore_core(
     model: nn.Module,
     core: fx.GraphModule,
@@ -113,7 +139,8 @@ def restore_core(
 
     Args:
         model: the model as it was before pruning; its weights outside of the core are kept.
-        core: what `core_of` gave, as saved by `halp_fx.save` and loaded by `halp_fx.load`.
+        core: what `core_of` gave, as saved by `halp_fx.save` and loaded by `halp_fx.load`. One
+            that a function made goes back by your own `put_back`.
         example_inputs: as they were given for pruning.
         names: the names given as `core` then, in that order; None for detectors of torchvision.
 
@@ -154,7 +181,13 @@ def _compile_function(
     result = put_back(copied, small)
     whole = copied if result is None else result
     known = getattr(whole, "meta", None)
-    meta: Any = {**(known if isinstance(known, dict) else {}), "halp_fx": plan_of(small)}
+    # By its path where it has one: unlike the module, that holds in copies of a GraphModule too.
+    places = (name for name, module in whole.named_modules() if module is small)
+    meta: Any = {
+        **(known if isinstance(known, dict) else {}),
+        "halp_fx": plan_of(small),
+        _CORE: next(places, small),
+    }
     whole.meta = meta
     return whole
 

@@ -6,12 +6,12 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from halp_fx.types import Pin, Plan
+from halp_fx.types import ChannelGroups, Pin, Plan
 
 __all__ = ["render_markdown", "summarize", "to_json"]
 
@@ -22,28 +22,21 @@ def summarize(plan: Plan) -> dict[str, Any]:
     """The facts of a plan as plain numbers, strings, lists and dicts.
 
     Args:
-        plan: what `halp_fx.plan_of` returns for a pruned network.
+        plan: what `halp_fx.plan_of` returns for a network that was pruned or loaded.
 
     Returns:
         A dict that `json` can write: `model`, `saliency`, `data_free`, `latency_ms` (by the
         table), `measured_ms` (None where the network was not measured), `met` (by measurement, if
         there is one), `also` (the same of each latency that is limited besides), `gap`,
         `value_kept`, `solver`, `state_size` (numbers in the state dict), `groups`, `pins`,
-        `opaque` and `facts` (what the stages noted).
+        `opaque` and `facts` (what the stages noted). Of a network that was loaded, `model`,
+        `state_size`, `groups`, `pins` and `opaque` are None: a file of `halp_fx.save` doesn't
+        describe the dense network.
     """
-    dense, kept = _state_size(plan)
-    groups = [
-        {
-            "name": group.name,
-            "units": group.units,
-            "kept": len(units),
-            "width": group.width,
-            "inexact": list(group.inexact),
-        }
-        for group, units in zip(plan.groups.groups, plan.units, strict=True)
-    ]
+    # None where the network was loaded, whatever the annotation says.
+    found = cast("ChannelGroups | None", plan.groups)
     summary = {
-        "model": plan.groups.traced.model_name,
+        "model": found and found.traced.model_name,
         "saliency": plan.report.get("saliency", "unknown"),
         "data_free": plan.report.get("data_free"),
         "latency_ms": {
@@ -57,10 +50,10 @@ def summarize(plan: Plan) -> dict[str, Any]:
         "gap": plan.gap,
         "value_kept": plan.value / plan.dense_value if plan.dense_value else 0.0,
         "solver": plan.solver,
-        "state_size": {"dense": dense, "kept": kept},
-        "groups": groups,
-        "pins": _merge_pins(plan.groups.pins),
-        "opaque": dict(sorted(plan.groups.traced.opaque.items())),
+        "state_size": found and _state_size(plan),
+        "groups": found and _groups(plan),
+        "pins": found and _merge_pins(found.pins),
+        "opaque": found and dict(sorted(found.traced.opaque.items())),
         "facts": dict(plan.report),
     }
     plain = _plain(summary)
@@ -74,17 +67,19 @@ def to_json(plan: Plan) -> str:
 
 
 def render_markdown(plan: Plan) -> str:
-    """The report that `halp-fx prune` leaves: latency, widths, what had to stay and by whom."""
+    """The report that `halp-fx prune` leaves: latency, widths, what had to stay and by whom.
+
+    Of a network that was loaded, latency and the facts of the run alone.
+    """
     summary = summarize(plan)
     sections = [
-        f"# {summary['model']}, pruned to a latency budget",
+        f"# {summary['model'] or 'Network'}, pruned to a latency budget",
         _verdict(summary),
         _table(("", "dense", "pruned", "ratio"), _size_rows(summary)),
-        "## Groups of channels",
-        _group_text(summary),
-        "## Channels that had to stay",
-        _pin_text(summary),
     ]
+    if summary["groups"] is not None:
+        sections += ["## Groups of channels", _group_text(summary)]
+        sections += ["## Channels that had to stay", _pin_text(summary)]
     if summary["opaque"]:
         rows = [(f"`{name}`", why) for name, why in summary["opaque"].items()]
         sections += ["## Modules held whole", _table(("module", "why"), rows)]
@@ -105,7 +100,20 @@ def _measured(facts: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _state_size(plan: Plan) -> tuple[int, int]:
+def _groups(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": group.name,
+            "units": group.units,
+            "kept": len(units),
+            "width": group.width,
+            "inexact": list(group.inexact),
+        }
+        for group, units in zip(plan.groups.groups, plan.units, strict=True)
+    ]
+
+
+def _state_size(plan: Plan) -> dict[str, int]:
     dense = kept = 0
     for name, spec in plan.groups.parameters.items():
         shape = spec.dense_shape
@@ -115,7 +123,7 @@ def _state_size(plan: Plan) -> tuple[int, int]:
             size if index is None else len(index)
             for size, index in zip(shape, survive, strict=True)
         )
-    return dense, kept
+    return {"dense": dense, "kept": kept}
 
 
 def _merge_pins(pins: tuple[Pin, ...]) -> list[dict[str, Any]]:
@@ -198,8 +206,6 @@ def _spread(measured: Mapping[str, Any]) -> str:
 
 def _size_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     latency, state, groups = summary["latency_ms"], summary["state_size"], summary["groups"]
-    units = sum(group["units"] for group in groups)
-    kept = sum(group["kept"] for group in groups)
     rows = [
         (
             "latency by the table",
@@ -211,6 +217,10 @@ def _size_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     if summary["measured_ms"] is not None:
         dense, pruned = summary["measured_ms"]["dense"], summary["measured_ms"]["pruned"]
         rows.append(("latency measured", _ms(dense), _ms(pruned), _ratio(pruned, dense)))
+    if groups is None:
+        return rows
+    units = sum(group["units"] for group in groups)
+    kept = sum(group["kept"] for group in groups)
     return [
         *rows,
         (

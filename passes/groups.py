@@ -115,7 +115,7 @@ class _Found:
     ) -> None:
         run, snapshots = work.run, interpreter.snapshots
         self.traced, self.run, self.snapshots, self.own = traced, run, snapshots, own
-        self.work = work
+        self.work, self.writes = work, interpreter.writes
         roots = connected_components(run.size, [(t.left, t.right) for t in run.ties])
         pinned = np.zeros(run.size, dtype=bool)
         for pin in run.pins:
@@ -187,9 +187,12 @@ class _Found:
         graph = self.traced.module.graph
         node = next(n for n in graph.nodes if n.name == failure.node)
         labels: list[IntArray] = []
-        for name in [node.name, *(n.name for n in node.all_input_nodes)]:
-            for snap in snapshots_in(self.snapshots.get(name)):
-                labels.extend(snap.labels.values())
+        around = [node, *node.all_input_nodes]
+        while around and not labels:  # of a node of numbers: what they are the sizes of
+            for near in around:
+                for snap in snapshots_in(self.snapshots.get(near.name)):
+                    labels.extend(snap.labels.values())
+            around = list(dict.fromkeys(m for near in around for m in near.all_input_nodes))
         if node.op == "call_module":
             for _, tensor in named_tensors(self.traced.module.get_submodule(str(node.target))):
                 labels.extend(self.own[id(tensor)].values())
@@ -240,7 +243,9 @@ class _Found:
             outputs=outputs,
             parameters=parameters,
             work=logged,
-            branches=find_branches(self.traced.module, ordered, outputs, parameters, logged),
+            branches=find_branches(
+                self.traced.module, ordered, outputs, parameters, logged, self.writes
+            ),
             labelled=self.labelled,
             unit_components=tuple(self.units[g] for g in order),
         )

@@ -62,6 +62,7 @@ def score(
     progress: Progress | None = None,
     *,
     both: bool = False,
+    within: nn.Module | None = None,
 ) -> Saliency:
     """Score every unit.
 
@@ -107,6 +108,8 @@ def score(
             tensor or a tuple.
         loss: `loss(output, target)` -> scalar tensor.
         both: score by the loss and by the outputs, as others besides `method`.
+        within: a model that has the tensors of the graph under the same names, and is run in its
+            place.
         method: one of these names, "magnitude", or a callable that takes the groups and returns
             a dict (group name -> scores) or a list of arrays, one (units,) a group. None: "both"
             with a loss, "output" with data alone, else "magnitude".
@@ -133,7 +136,7 @@ def score(
         )
     if data is None or method == "magnitude":
         return _checked(groups, _magnitude(groups), "magnitude", True)
-    module = _private_copy(groups.traced.module)
+    module = _private_copy(groups.traced.module if within is None else within)
     scored = ScoredMembers(groups)
     sources = [
         [(m.name, m.dim, m.index) for m in scored.of(number)]
@@ -233,7 +236,7 @@ def _probes(method: str, loss: Loss | None, both: bool, *, optional: bool) -> li
 
 def _by_gradients(
     groups: ChannelGroups,
-    module: fx.GraphModule,
+    module: nn.Module,
     sources: Sequence[_Sources],
     data: Iterable[Any],
     probes: Sequence[_Probe],
@@ -314,7 +317,7 @@ class _Sums:
         return found
 
 
-def _private_copy(module: fx.GraphModule) -> fx.GraphModule:
+def _private_copy(module: nn.Module) -> nn.Module:
     """A copy with tensors of its own, in eval mode: running statistics, no dropout."""
     memo: dict[int, Any] = {}
     for _, tensor in named_tensors(module):
@@ -322,12 +325,12 @@ def _private_copy(module: fx.GraphModule) -> fx.GraphModule:
             fresh = tensor.detach().clone()
             memo[id(tensor)] = nn.Parameter(fresh) if isinstance(tensor, nn.Parameter) and (
                 fresh.is_floating_point()) else fresh  # fmt: skip
-    private: fx.GraphModule = copy.deepcopy(module, memo)
+    private = copy.deepcopy(module, memo)
     return private.eval()
 
 
 def _forward(
-    module: fx.GraphModule, batch: Any, probes: Sequence[_Probe]
+    module: nn.Module, batch: Any, probes: Sequence[_Probe]
 ) -> list[tuple[int, torch.Tensor]]:
     """The scalars of each probe, by its position, for one minibatch."""
     several = isinstance(batch, (tuple, list))

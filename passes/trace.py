@@ -24,6 +24,7 @@ from halp_fx.passes.rules.agreement import (
 )
 from halp_fx.passes.rules.core import OnMeta, tensors_in
 from halp_fx.passes.rules.leaves import module_rule
+from halp_fx.passes.rules.proxies import facts_are_values, facts_as_values
 from halp_fx.passes.rules.source import located
 from halp_fx.passes.rules.structure import (
     detached_copy,
@@ -65,8 +66,7 @@ def trace(model: nn.Module, example_inputs: Any = None, *, quiet: bool = False) 
     name = type(model).__name__
     if any(is_lazy(p) for p in [*root.parameters(), *root.buffers()]):
         raise InputError(f"{name} has lazy parameters: run it once on an example first")
-    found = _Attempt(model, inputs, name)
-    differs = difference(found.root, found.module, inputs, whole=bool(found.by_batch))
+    found, differs = _first_tries(model, inputs, name)
     if differs is None and found.by_batch:
         found, only = _for_any_batch(found, model)
         if only is not None and not quiet:
@@ -129,6 +129,11 @@ class _Attempt:
                 own.eval()
         self.values, self.flops = _record(self.root, self.module, inputs, name, self.opaque)
         self.inputs, self.name = inputs, name
+        self.facts_are_values = facts_are_values()
+
+    def difference(self) -> str | None:
+        """What the graph gives that the network does not, or None."""
+        return difference(self.root, self.module, self.inputs, whole=bool(self.by_batch))
 
     def tell_limits(self) -> None:
         """Warn of what the graph does not hold."""
@@ -137,6 +142,12 @@ class _Attempt:
                 f"halp_fx: {self.name} does more or other things in train mode than in eval mode, "
                 f"{self.other_in_training}; the pruned network does in both what the dense one "
                 "does in eval mode"
+            )
+        if self.facts_are_values:
+            warn_caller(
+                f"halp_fx: forward of {self.name} decides by the dtype or the device of its "
+                "tensors, and the pruned network is one for those of the example alone: pass an "
+                "example, and a network, of the dtype and on the device that you will use"
             )
         for context, nodes in self.contexts.items():
             learnt = next((node for node in nodes if self._is_learnt(node)), None)
@@ -182,6 +193,32 @@ def _keywords(graph: fx.Graph) -> list[str]:
     return sorted(part for part in parts if keyword.iskeyword(part))
 
 
+def _first_tries(
+    model: nn.Module, inputs: tuple[Any, ...], name: str
+) -> tuple[_Attempt, str | None]:
+    """A graph for any dtype and device, else one for those of the example; what still differs."""
+    try:
+        found = _Attempt(model, inputs, name)
+        differs = found.difference()
+    except TraceError:
+        fixed = _with_facts(model, inputs, name)
+        if fixed is None:
+            raise
+        return fixed, None
+    fixed = None if differs is None else _with_facts(model, inputs, name)
+    return (found, differs) if fixed is None else (fixed, None)
+
+
+def _with_facts(model: nn.Module, inputs: tuple[Any, ...], name: str) -> _Attempt | None:
+    """A graph that is the network for the dtypes and devices of the example, or None."""
+    try:
+        with facts_as_values():
+            fixed = _Attempt(model, inputs, name)
+    except TraceError:
+        return None
+    return fixed if fixed.difference() is None else None
+
+
 def _for_any_batch(found: _Attempt, model: nn.Module) -> tuple[_Attempt, str | None]:
     """A graph that holds for any number of images, where there is one.
 
@@ -192,12 +229,13 @@ def _for_any_batch(found: _Attempt, model: nn.Module) -> tuple[_Attempt, str | N
     if in_batch is None:
         return found, None
     try:
-        strict = _Attempt(model, found.inputs, found.name, strict=True)
+        with facts_as_values(found.facts_are_values):
+            strict = _Attempt(model, found.inputs, found.name, strict=True)
     except TraceError:
         pass
     else:
         if (
-            difference(strict.root, strict.module, found.inputs) is None
+            strict.difference() is None
             and difference_in_batch(strict.root, strict.module, found.inputs) is None
         ):
             return strict, None

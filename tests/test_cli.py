@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrizations
 from typer.testing import CliRunner, Result
 
 import halp_fx
@@ -414,6 +415,92 @@ def test_prune_exports_onnx(tmp_path: Path) -> None:
     (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     expected = halp_fx.load(tmp_path / "model.safetensors").eval()(x)
     torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-3, atol=1e-4)
+
+
+class Doubled(nn.Module):
+    """Decides by a value, so it is held whole; a weight of its own, tied to another."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight.mean() if float(x.sum()) > 0 else x
+
+
+def make_normed() -> tuple[nn.Module, torch.Tensor]:
+    net, x = make_chain()
+    parametrizations.weight_norm(net.get_submodule("2"))
+    return net, x
+
+
+def make_opaque() -> tuple[nn.Module, torch.Tensor]:
+    net, x = make_chain()
+    return nn.Sequential(net, Doubled(net.get_submodule("4").weight)), x  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [("make_normed", "remove_parametrizations"), ("make_opaque", "a recipe holds no code")],
+)
+def test_prune_leaves_weights_where_there_is_no_recipe(
+    model: str, reason: str, tmp_path: Path
+) -> None:
+    fixed = ("--latency", "analytic", "--no-onnx", "-o", tmp_path)
+    result = call("prune", f"{__name__}:{model}", "-b", 0.6, *fixed)
+    assert result.exit_code == 0, result.output + result.stderr
+    assert "no model.safetensors: module" in result.stderr
+    assert reason in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "report.json", "report.md", "weights.safetensors",
+    ]  # fmt: skip
+    assert f"wrote {tmp_path / 'weights.safetensors'}" in result.stdout
+    state = load_file(tmp_path / "weights.safetensors")
+    dense = globals()[model]()[0].state_dict()
+    assert state.keys() == dense.keys()
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["state_size"]["kept"] == sum(tensor.numel() for tensor in state.values())
+    assert sum(tensor.numel() for tensor in dense.values()) > report["state_size"]["kept"]
+
+
+def test_prune_exports_what_has_no_recipe(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    text = ok(
+        "prune", f"{__name__}:make_normed", "-b", 0.6, "--latency", "analytic", "-o", tmp_path
+    )
+    assert f"wrote {tmp_path / 'model.onnx'}" in text
+    assert (tmp_path / "model.onnx").is_file()
+
+
+def test_prune_tells_what_it_wrote_also_if_the_export_fails(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "model.onnx").write_text("of an earlier run")
+    fixed = ("--latency", "analytic", "-o", tmp_path)
+    result = call("prune", f"{__name__}:make_opaque", "-b", 0.6, *fixed)
+    assert result.exit_code == 2
+    assert f"wrote {tmp_path / 'weights.safetensors'}" in result.stdout
+    assert f"{tmp_path / 'model.onnx'} was there before" in result.stderr
+    assert "can't be exported to ONNX" in result.stderr
+
+
+def test_prune_claims_no_file_of_an_earlier_run(tmp_path: Path) -> None:
+    stale = ("model.onnx", "model.onnx.data", "weights.safetensors")
+    for name in (*stale, "model.safetensors", "model.py"):
+        (tmp_path / name).write_text("of an earlier run")
+    fixed = ("--latency", "analytic", "--no-onnx", "-o", tmp_path)
+    for _ in range(2):
+        result = call("prune", NET, "-b", 0.6, *fixed)
+        assert result.exit_code == 0, result.output + result.stderr
+        written = [line for line in result.stdout.splitlines() if line.startswith("wrote ")]
+        names = ("model.safetensors", "report.json", "report.md")
+        assert written == [f"wrote {tmp_path / name}" for name in names]
+        told = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+        assert told == [
+            f"warning: {tmp_path / name} was there before and is not of this run" for name in stale
+        ]
+    assert (tmp_path / "model.onnx").read_text() == "of an earlier run"
 
 
 def test_prune_refuses_what_can_not_be(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import remove_parametrizations
 
 from halp_fx.errors import InputError, RecipeError
-from halp_fx.recipe import FORMAT_VERSION, load, save
+from halp_fx.recipe import FORMAT_VERSION, load, save, save_weights
 from halp_fx.recipe.names import function_name, resolve_function
 from halp_fx.recipe.values import decode, encode
 from halp_fx.types import ChannelGroups, Plan
@@ -491,6 +493,17 @@ def test_messages_of_what_can_not_be_saved(
     assert not list(tmp_path.iterdir())
 
 
+def test_parametrized_layers_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    network = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))
+    layer = parametrizations.weight_norm(network.get_submodule("0"))
+    with pytest.raises(
+        RecipeError, match=r"module '0' computes 'weight' by .*remove_parametrizations .* before"
+    ):
+        save(network, tmp_path / "x")
+    remove_parametrizations(layer, "weight")
+    assert_same_state(network, roundtrip(network, tmp_path))
+
+
 def test_other_modules_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="GraphModule"):
         save(cast(Any, nn.ReLU()), tmp_path / "x")
@@ -548,6 +561,27 @@ def test_files_are_safetensors_with_names_of_the_state(net: fx.GraphModule, tmp_
     stored, state = set(load_file(path)), set(net.state_dict())
     assert stored - {"secret"} == state - {"second.weight", "secret"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["network.safetensors"]
+
+
+def test_weights_alone_have_every_name_of_the_state(net: fx.GraphModule, tmp_path: Path) -> None:
+    net.layer = net.layer.to(memory_format=torch.channels_last)
+    state = load_file(save_weights(net, tmp_path / "weights.safetensors"))
+    twin = traced(Net())
+    twin._non_persistent_buffers_set.add("secret")
+    twin.load_state_dict(state)
+    assert twin.second.weight is twin.first.weight
+    for name, tensor in net.state_dict().items():
+        assert_same(tensor, twin.state_dict()[name])
+    with pytest.raises(RecipeError, match="has weights but no network"):
+        load(tmp_path / "weights.safetensors")
+
+
+def test_weights_alone_that_can_not_be_written(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"'weight' is on the meta device"):
+        save_weights(nn.Linear(2, 2, device="meta"), tmp_path / "x")
+    with pytest.raises(RecipeError, match="create it first"):
+        save_weights(nn.Linear(2, 2), tmp_path / "none" / "x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_failed_saves_leave_the_old_file(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,14 @@ def plan() -> Plan:
     )  # fmt: skip
     x = torch.randn(1, 3, 16, 16)
     return halp_fx.plan_of(halp_fx.compile(net, 0.6, x, latency="analytic"))
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3))
+    pruned = halp_fx.compile(net, 0.6, torch.randn(1, 3, 16, 16), latency="analytic")
+    path: Path = tmp_path_factory.mktemp("loaded") / "network.safetensors"
+    return halp_fx.plan_of(halp_fx.load(halp_fx.save(pruned, path)))
 
 
 def with_facts(plan: Plan, **facts: Any) -> Plan:
@@ -79,3 +88,25 @@ def test_numbers_that_are_not_finite_are_text(plan: Plan) -> None:
     parsed = json.loads(to_json(with_facts(plan, odd=float("nan"), more=[float("inf"), 1])))
     assert parsed["facts"]["odd"] == "nan"
     assert parsed["facts"]["more"] == ["inf", 1]
+
+
+def test_of_a_network_that_was_loaded_the_figures_are_given(loaded: Plan) -> None:
+    summary = summarize(loaded)
+    assert summary["latency_ms"]["predicted"] == loaded.predicted_ms
+    assert summary["met"] is True
+    assert 0 < summary["value_kept"] <= 1
+    assert summary["facts"]["saliency"] == summary["saliency"] == "magnitude"
+    for unknown in ("model", "state_size", "groups", "pins", "opaque"):
+        assert summary[unknown] is None
+    assert json.loads(to_json(loaded)) == summary
+
+
+def test_of_a_network_that_was_loaded_the_text_leaves_out_what_is_not_known(loaded: Plan) -> None:
+    facts = {"measured_dense_ms": 4.0, "measured_ms": 2.5, "measured_budget_ms": 2.6, "met": True}
+    text = render_markdown(with_facts(loaded, **facts))
+    assert text.startswith("# Network, pruned to a latency budget")
+    assert "takes 2.500 ms and meets the budget" in text
+    assert "| latency by the table |" in text
+    assert "## Facts of the run" in text
+    for unknown in ("None", "## Groups", "had to stay", "held whole", "state dict"):
+        assert unknown not in text

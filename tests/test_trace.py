@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
+import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -297,6 +301,143 @@ def test_flags_are_left_where_training_is_another_network() -> None:
     check_same(model, traced, torch.rand(3, 64))
 
 
+class Several(nn.Module):
+    """Takes as many images as there are."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 16, 3, padding=1)
+        self.norm, self.head = nn.BatchNorm2d(16), nn.Conv2d(16, 4, 1)
+
+    def features(self, x: Tensor) -> Any:
+        return self.head(F.relu(self.norm(self.conv(x))))
+
+
+class Joined(Several):
+    def forward(self, *xs: Tensor) -> Any:
+        return self.features(torch.cat(xs, 1))
+
+
+class Each(Several):
+    def forward(self, *xs: Tensor) -> Any:
+        return sum(self.features(x) for x in xs) / len(xs)
+
+
+class Single(Several):
+    def forward(self, *xs: Tensor) -> Any:
+        (x,) = xs
+        return self.features(x)
+
+
+class First(Several):
+    def forward(self, xs_0: Tensor, weight: float = 1.0, *xs: Tensor, add: bool = True) -> Any:
+        y = self.features(xs_0) * weight
+        return y + self.features(xs[-1]) if xs and add else y
+
+
+class Options(Several):
+    def forward(self, x: Tensor, *rest: Tensor, **options: Any) -> Any:
+        y = self.features(torch.cat([x, *rest], 1))
+        return y.tanh() if options.get("bounded") else y
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        (Joined, (1, 1)), (Joined, (1, 1, 1)), (Joined, (1,)), (Each, (1,)), (Each, (1, 1, 1)),
+        (Single, (1,)), (First, (1,)), (First, (1, 0.5)), (First, (1, 0.5, 1, 1)),
+        (Options, (1,)), (Options, (1, 1)),
+    ],
+)  # fmt: skip
+def test_as_many_inputs_as_the_example_has(kind: type[Several], given: tuple[float, ...]) -> None:
+    inputs = tuple(image() if part == 1 else part for part in given)
+    model = oracle.randomize(kind(3 * len(given) if kind in (Joined, Options) else 3)).eval()
+    check_same(model, trace(model, inputs), *inputs)
+    pruned = halp_fx.compile(model, 0.6, inputs, latency="analytic")
+    assert pruned.conv.out_channels < 16
+    oracle.assert_exact(model, pruned, inputs)
+    with pytest.raises(TypeError, match=r"positional argument|forward\(\) takes"):
+        pruned(*inputs, *[inputs[0]] * 4)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, bounded: bool = True) -> Any:
+        y = self.conv(x if mask is None else x * mask)
+        return torch.tanh(y) if bounded else y
+
+
+def test_keywords_keep_their_defaults() -> None:
+    model, x = ByKeyword(), image()
+    traced = trace(model, x)
+    check_same(model, traced, x)
+    check_same(model, traced, image(3))
+    for wrong in ({"bounded": False}, {"mask": x}):
+        with pytest.raises(AssertionError, match=f"the graph was traced with {next(iter(wrong))}="):
+            traced.module(x, **wrong)
+
+
+# Copies ---------------------------------------------------------------------------------------
+
+
+class Keeps(nn.Module):
+    """A network that keeps something beside its layers."""
+
+    def __init__(self, kept: Any = None) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1))
+        self.inner[0].kept = kept
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    ("kept", "kind"),
+    [
+        (threading.Lock(), "lock"),
+        (math, "module"),
+        ((i for i in range(3)), "generator"),
+        ({"locks": [threading.Lock()]}, "dict"),
+    ],
+)
+def test_what_cannot_be_copied_is_named(kept: Any, kind: str) -> None:
+    match = rf"Keeps can't be copied.* attribute 'inner.0.kept' is of type {kind}, .* to None"
+    with pytest.raises(InputError, match=match):
+        trace(Keeps(kept), image())
+    with pytest.raises(InputError, match=match):
+        halp_fx.compile(Keeps(kept), 0.6, image(), latency="analytic")
+
+
+class Remembers(Keeps):
+    """Keeps features, with their history, as a step of training leaves them."""
+
+    features: list[Any]
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.inner(x)
+        return y + self.features[0]["y"].mean() if self.features else y
+
+
+def test_features_that_are_kept_lose_their_history() -> None:
+    model = oracle.randomize(Remembers()).eval()
+    model.features = []
+    first = {"y": model(image())}
+    model.features += [first, (first["y"] * 2,)]
+    model.features.append(model.features)
+    model.register_buffer("average", first["y"].mean())
+    pruned = halp_fx.compile(model, 0.6, image(), latency="analytic")
+    assert model.features[0] is first
+    assert first["y"].grad_fn is not None
+    model.average = model.average.detach()  # as a copy of the network itself needs it
+    model.features = [{"y": first["y"].detach()}]
+    assert pruned.get_submodule("inner.0").out_channels < 16
+    oracle.assert_exact(model, pruned, (image(),), dtype=torch.float32, tolerance=1e-5)
+
+
 def test_buffers_and_bare_parameters() -> None:
     class Bare(nn.Module):
         offset: Tensor
@@ -368,6 +509,79 @@ def test_what_is_asked_about_types(branch: Callable[[Tensor], Tensor]) -> None:
     assert isinstance is plain
     assert traced.opaque == {}
     check_same(Model(), traced, image())
+
+
+_REAL = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize(
+    ("asked", "alone"),
+    [
+        (lambda y: y.device.type == _REAL, False),
+        (lambda y: y.device == torch.ones(1, device=_REAL).device, False),
+        (lambda y: y.device in (torch.ones(1, device=_REAL).device,), False),
+        (lambda y: y.is_cuda is not None and bool(y.is_cuda) == (_REAL == "cuda"), False),
+        (lambda y: bool(y.is_cpu) == (_REAL == "cpu"), False),
+        (lambda y: not y.is_meta, False),
+        (lambda y: y.new_zeros(3, device="cpu").is_cpu, False),
+        (lambda y: y.cpu().mean((2, 3)).device.type == "cpu", False),
+        (lambda y: torch.arange(y.shape[1], device=y.device).device == y.device, False),
+        (lambda y: torch.arange(y.shape[1]).device.type == "cpu", False),
+        (lambda y: y.dtype == torch.float32, False),
+        (lambda y: y.dtype is torch.float32, True),
+        (lambda y: y.half().dtype is torch.float16, True),
+        (lambda y: str(y.device).startswith(_REAL), True),
+        (lambda y: {torch.float32: True}.get(y.dtype), True),
+    ],
+)
+def test_what_is_asked_about_dtypes_and_devices(
+    asked: Callable[[Tensor], Any], alone: bool
+) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.conv(x).relu()
+            return self.head(y * 2 + 1 if asked(y) else y) * 3
+
+    x = image().to(_REAL)
+    model = oracle.randomize(Model()).eval().to(_REAL)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        pruned = halp_fx.compile(model, 0.6, x, latency="analytic")
+    assert ["by the dtype or the device" in str(one.message) for one in told] == [True] * alone
+    assert pruned.conv.out_channels < 16
+    oracle.assert_exact(model, pruned, (x,), dtype=torch.float32, tolerance=1e-5)
+
+
+def test_a_check_of_the_dtype_is_passed() -> None:
+    class Checked(Small):
+        def forward(self, x: Tensor) -> Any:
+            if x.dtype is not torch.float32:
+                raise TypeError(f"images must be float32, not {x.dtype}")
+            return super().forward(x)
+
+    model = Checked()
+    with pytest.warns(UserWarning, match="Checked decides by the dtype or the device"):
+        check_same(model, trace(model, image()), image(3))
+
+
+def test_dtypes_and_devices_that_decide_nothing_stay_in_the_graph() -> None:
+    class Casts(Small):
+        def forward(self, x: Tensor) -> Any:
+            scale = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1).to(x.dtype)
+            return super().forward(x * scale if x.device.type == _REAL else x)
+
+    model = Casts()
+    traced = trace(model, image())
+    check_same(model, traced, image())
+    check_same(copy.deepcopy(model).double(), _doubled(traced), image().double())
+
+
+def _doubled(traced: Traced) -> Any:
+    return dataclasses.replace(traced, module=copy.deepcopy(traced.module).double())
 
 
 # MultiheadAttention ---------------------------------------------------------------------------
@@ -499,6 +713,28 @@ def test_masked_attention(kind: str, modules: list[str], need_weights: bool) -> 
     assert _modules_of(traced) == modules
     with torch.no_grad():
         oracle.assert_close(traced.module(x), model(x), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_over_a_single_sequence_stays_a_module(batch_first: bool) -> None:
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 16)
+            self.inner = nn.MultiheadAttention(16, 2, batch_first=batch_first)
+            self.body, self.head = nn.Linear(16, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            t = self.first(x)
+            return self.head(F.relu(self.body(self.inner(t, t, t)[0])))
+
+    model, x = oracle.randomize(Sequence()).eval(), torch.randn(5, 6)
+    traced = trace(model, x)
+    assert _modules_of(traced) == ["first", "inner", "body", "head"]
+    check_same(model, traced, x)
+    pruned = halp_fx.compile(model, 0.8, x, latency="analytic")
+    assert pruned.body.out_features < 32
+    oracle.assert_exact(model, pruned, (x,))
 
 
 def test_masked_keys_stay_a_module() -> None:

@@ -228,7 +228,13 @@ def prune(
     reconstruct: ReconstructOption = False,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder for what is written."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for what is written. A network of an earlier run that is not replaced "
+            "stays there, with a warning.",
+        ),
     ] = Path("out"),
     latency: LatencyOption = None,
     also: AlsoOption = None,
@@ -241,6 +247,9 @@ def prune(
     debug: DebugOption = False,
 ) -> None:
     """Prunes a network; leaves weights, ONNX file and report in a folder.
+
+    model.safetensors is for halp_fx.load. Where layers of your own can't be in such a file,
+    weights.safetensors with the state dict is left instead.
 
     To score channels by a loss, or to fine-tune, call halp_fx.compile from Python.
     """

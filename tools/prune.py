@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
+from torch import fx, nn
 
 import halp_fx
 from halp_fx.budget import Budget, parse_budget
 from halp_fx.detection import has_regions, is_detector
-from halp_fx.errors import BudgetError, InputError, LatencyError
+from halp_fx.errors import BudgetError, InputError, LatencyError, RecipeError
 from halp_fx.latency import (
     Analytic,
     OnnxRuntime,
@@ -25,6 +25,7 @@ from halp_fx.latency import (
     TorchCompile,
     resolve_backend,
 )
+from halp_fx.recipe import save_weights
 from halp_fx.report import render_markdown, summarize, to_json
 from halp_fx.tools.console import err, out, progress_bars
 from halp_fx.types import Plan
@@ -40,6 +41,8 @@ __all__ = [
 
 Latency = str | Path | Source | None  # a back-end by its name, a table by its path
 
+# What may be left besides the reports; each is replaced by a new file, never written into.
+_NETWORK_FILES = ("model.safetensors", "weights.safetensors", "model.onnx", "model.onnx.data")
 _BACKENDS = tuple(made.name for made in (Torch, TorchCompile, OnnxRuntime, Analytic))
 
 
@@ -75,15 +78,18 @@ def prune(
     """Prunes `model` and leaves what came out in `directory`.
 
     Writes `model.safetensors`, `model.onnx` (unless `onnx` is False), `report.md`, `report.json`.
-    Of a detector the files hold the tensor part, which `halp_fx.restore_core` puts back; where
-    regions are pooled between the parts, there is no ONNX file of it.
+    Of a network that `halp_fx.save` can't describe, `weights.safetensors` has the state dict in
+    place of the first. A file of an earlier run that this one doesn't replace stays, with a
+    warning. Of a detector the files hold the tensor part, which `halp_fx.restore_core` puts back;
+    where regions are pooled between the parts, there is no ONNX file of it.
 
     Args:
         latency: as `halp_fx.compile` takes it; see `latencies_of`.
         options: further arguments of `halp_fx.compile`.
 
     Raises:
-        HalpError: a stage failed; nothing has been written then, unless it was the export.
+        HalpError: a stage failed; nothing has been written then, unless it was the export or the
+            writing itself.
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; name a folder for the results")
@@ -91,22 +97,19 @@ def prune(
         pruned = halp_fx.compile(
             model, budget, example_inputs, latency=latency, progress=progress, **(options or {})
         )
-        plan = halp_fx.plan_of(pruned)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_report(plan, directory)
-        detector = is_detector(model)
-        core = halp_fx.core_of(pruned) if detector else pruned
-        halp_fx.save(core, directory / "model.safetensors")
-        in_parts = detector and has_regions(model)
-        if onnx and not in_parts:
-            progress("export", 0, 1)
-            with torch.no_grad():
-                halp_fx.export_onnx(core, directory / "model.onnx")
-            progress("export", 1, 1)
+    plan = halp_fx.plan_of(pruned)
+    directory.mkdir(parents=True, exist_ok=True)
+    before = _stamps(directory)
+    write_report(plan, directory)
     out().print(summary_table(plan))
-    for path in sorted(directory.iterdir()):
-        if path.name.startswith(("model.", "report.")):
-            out().print(f"wrote {escape(str(path))}")
+    detector = is_detector(model)
+    in_parts = detector and has_regions(model)
+    try:
+        _write_network(
+            halp_fx.core_of(pruned) if detector else pruned, directory, onnx=onnx and not in_parts
+        )
+    finally:
+        _tell_files(directory, before)
     if detector:
         err().print("[dim]model.* is the tensor part: halp_fx.restore_core puts it back.[/]")
     if onnx and in_parts:
@@ -117,6 +120,40 @@ def prune(
         advice = "Weights that are left are the dense network's: fine-tune before use."
     err().print(f"[dim]{advice}[/]")
     return plan
+
+
+def _write_network(network: fx.GraphModule, directory: Path, *, onnx: bool) -> None:
+    try:
+        halp_fx.save(network, directory / "model.safetensors")
+    except RecipeError as error:
+        save_weights(network, directory / "weights.safetensors")
+        err().print(
+            f"[yellow]no model.safetensors: {escape(str(error))}. weights.safetensors has the "
+            "state dict alone, for code of your own with these widths[/]"
+        )
+    if not onnx:
+        return
+    with progress_bars() as progress, torch.no_grad():
+        progress("export", 0, 1)
+        halp_fx.export_onnx(network, directory / "model.onnx")
+
+
+def _stamps(directory: Path) -> dict[Path, tuple[int, int]]:
+    """The files of a network in the folder, and by what a new one differs from an older one."""
+    paths = [directory / name for name in _NETWORK_FILES]
+    states = {path: path.stat() for path in paths if path.is_file()}
+    return {path: (state.st_ino, state.st_mtime_ns) for path, state in states.items()}
+
+
+def _tell_files(directory: Path, before: Mapping[Path, tuple[int, int]]) -> None:
+    after = _stamps(directory)
+    written = [path for path, stamp in after.items() if stamp != before.get(path)]
+    for path in sorted([*written, directory / "report.json", directory / "report.md"]):
+        out().print(f"wrote {escape(str(path))}")
+    for path in sorted(after.keys() - written):
+        err().print(
+            f"[yellow]warning: {escape(str(path))} was there before and is not of this run[/]"
+        )
 
 
 def latencies_of(
@@ -201,7 +238,7 @@ def summary_table(plan: Plan) -> Table:
     """The figures of a plan in a few rows."""
     summary = summarize(plan)
     latency, state = summary["latency_ms"], summary["state_size"]
-    table = Table(title=f"{summary['model']}, pruned", show_header=False)
+    table = Table(title=f"{summary['model'] or 'network'}, pruned", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_row("dense latency by the table", f"{latency['dense']:.3f} ms")
@@ -218,7 +255,8 @@ def summary_table(plan: Plan) -> Table:
         met = "[green]met[/]" if within else "[red]missed[/]"
         table.add_row(f"also {escape(name)}, {met}", figures)
     table.add_row("channels scored by", summary["saliency"])
-    table.add_row("numbers in the state dict", f"{state['dense']:,} -> {state['kept']:,}")
+    if state is not None:
+        table.add_row("numbers in the state dict", f"{state['dense']:,} -> {state['kept']:,}")
     table.add_row("saliency kept", f"{100 * summary['value_kept']:.1f} %")
     table.add_row("certified gap to the best choice", f"{100 * plan.gap:.2f} %")
     return table

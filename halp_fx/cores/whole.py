@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -32,9 +31,7 @@ def scores_of_whole(
     method = method or "fisher"
 
     def scores(groups: ChannelGroups) -> list[FloatArray]:
-        whole: Any = model  # has the tensors of the graph under the same names
-        traced = replace(groups.traced, module=whole)
-        return list(score(replace(groups, traced=traced), data, loss, method).scores)
+        return list(score(groups, data, loss, method, within=model).scores)
 
     scores.__name__ = method  # for the report
     return scores

@@ -9,6 +9,6 @@ a file from a stranger can at worst describe a network of ordinary torch operati
 
 from __future__ import annotations
 
-from halp_fx.recipe.files import FORMAT_VERSION, load, save
+from halp_fx.recipe.files import FORMAT_VERSION, load, save, save_weights
 
-__all__ = ["FORMAT_VERSION", "load", "save"]
+__all__ = ["FORMAT_VERSION", "load", "save", "save_weights"]

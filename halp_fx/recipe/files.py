@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import fx
+from torch import fx, nn
 
 from halp_fx.errors import DependencyError, InputError, RecipeError
 from halp_fx.recipe.modules import TreeReader, TreeWriter
 from halp_fx.recipe.plans import decode_plan, encode_plan
-from halp_fx.recipe.tensors import TensorReader, checksum
+from halp_fx.recipe.tensors import TensorReader, check_plain, checksum, own_copy
 from halp_fx.recipe.values import decode, encode
 
-__all__ = ["FORMAT_VERSION", "load", "save"]
+__all__ = ["FORMAT_VERSION", "load", "save", "save_weights"]
 
 FORMAT_VERSION = 1
 
@@ -61,11 +61,38 @@ def save(pruned: fx.GraphModule, path: str | os.PathLike[str]) -> Path:
             f"save takes a torch.fx.GraphModule, as halp_fx.compile returns, not a "
             f"{type(pruned).__qualname__}"
         )
-    target = Path(path)
     try:
         metadata, tensors = _encode(pruned)
     except (RecursionError, AttributeError) as error:
         raise RecipeError(f"the network can't be described: {error}") from error
+    return _write(Path(path), tensors, metadata)
+
+
+def save_weights(network: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write the `state_dict()` of a network alone, where there can be no recipe of it.
+
+    Tied tensors are written under each of their names, so that `load_state_dict` takes what
+    `safetensors.torch.load_file` reads. Extra state that is no tensor is left out.
+
+    Args:
+        network: any module.
+        path: the file to write; one that is there is replaced only when the new one is complete.
+
+    Returns:
+        The path written.
+
+    Raises:
+        RecipeError: a tensor is not a dense one with data, or the file can't be written.
+    """
+    tensors = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if isinstance(tensor, torch.Tensor):
+            check_plain(tensor, name)
+            tensors[name] = own_copy(tensor)
+    return _write(Path(path), tensors, {"format": "pt"})
+
+
+def _write(target: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Path:
     if not target.parent.is_dir():
         raise RecipeError(f"{target}: there is no folder {str(target.parent)!r}; create it first")
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from halp_fx.errors import RecipeError, warn_caller
 from halp_fx.idle import acts_in_training_only
@@ -122,6 +123,13 @@ class TreeWriter:
             )
             self._left_out.add(id(module))
             return {"kind": "class", "class": class_name(nn.Identity), "attributes": []}
+        elif called and parametrize.is_parametrized(module):
+            names = ", ".join(map(repr, module.parametrizations))  # type: ignore[arg-type]
+            raise RecipeError(
+                f"{_label(path)} computes {names} by parametrizations, which are code and can't be "
+                "saved; call torch.nn.utils.parametrize.remove_parametrizations on it before "
+                "pruning, keep state_dict() and your own code instead, or use halp_fx.export_onnx"
+            )
         elif called and type(module) is not nn.Module:
             cls = type(module)
             raise RecipeError(

@@ -10,12 +10,17 @@ from torch import nn
 
 from halp_fx.errors import RecipeError
 
-__all__ = ["TensorReader", "TensorWriter", "checksum"]
+__all__ = ["TensorReader", "TensorWriter", "check_plain", "checksum", "own_copy"]
 
 
 def checksum(tensor: torch.Tensor) -> int:
     """Return the CRC-32 of a contiguous CPU tensor's bytes."""
     return zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def own_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous copy on the CPU: safetensors refuses tensors that overlap in memory."""
+    return tensor.detach().resolve_conj().resolve_neg().to("cpu", copy=True).contiguous()
 
 
 class TensorWriter:
@@ -36,7 +41,7 @@ class TensorWriter:
         Raises:
             RecipeError: it isn't a plain dense tensor with data.
         """
-        _check_plain(tensor, path)
+        check_plain(tensor, path)
         self._alive.append(tensor)
         if id(tensor) in self._objects:
             return {"same": self._objects[id(tensor)]}
@@ -53,13 +58,16 @@ class TensorWriter:
         if tensor.numel() and place in self._memories:
             return self._memories[place]
         self._memories[place] = path
-        # A copy of its own: safetensors refuses tensors that overlap in memory.
-        data = tensor.resolve_conj().resolve_neg().to("cpu", copy=True)
-        self.stored[path] = data.contiguous()
+        self.stored[path] = own_copy(tensor)
         return path
 
 
-def _check_plain(tensor: torch.Tensor, path: str) -> None:
+def check_plain(tensor: torch.Tensor, path: str) -> None:
+    """Refuse what is no dense tensor with data.
+
+    Raises:
+        RecipeError: the message has the `path` and what to do.
+    """
     if nn.parameter.is_lazy(tensor):
         raise RecipeError(f"{path!r} is uninitialised; run the network on an input once, then save")
     if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):

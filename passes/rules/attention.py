@@ -19,7 +19,7 @@ def expand_attention(
 
     Covered: query, key and value of shape (N, L, E) or (L, N, E) by `batch_first`, of one width
     or of several; dropout; a mask of shape (L, S). Not covered: masks of other shapes, of keys,
-    added biases and zero rows.
+    added biases and zero rows, a single sequence without a batch.
     """
     names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask",
              "average_attn_weights", "is_causal")  # fmt: skip
@@ -35,6 +35,8 @@ def expand_attention(
     if not plain or (mask is not None and _example_of(mask).ndim != 2):
         return None
     query, key, value = given["query"], given["key"], given["value"]
+    if _is_single(query):
+        return None
     if not module.batch_first:
         same = key is query, value is key
         query = query.transpose(0, 1)
@@ -82,6 +84,14 @@ def _weights(module: nn.MultiheadAttention, q: Any, k: Any, mask: Any) -> Any:
         # Not by SDPA: its probability is a number, and only a flag follows the module's mode.
         weights = F.dropout(weights, module.dropout, training=module.training)
     return weights
+
+
+def _is_single(query: Any) -> bool:
+    """Whether there is no batch (L, E), as far as that can be told without data."""
+    try:
+        return _example_of(query).ndim != 3
+    except fx.proxy.TraceError:
+        return False
 
 
 def _example_of(tensor: Any) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -25,8 +25,13 @@ def find_branches(
     outputs: Mapping[str, Any],
     parameters: Mapping[str, TensorSpec],
     work: tuple[Work, ...],
+    writes: Mapping[str, Collection[str]],
 ) -> tuple[Branch, ...]:
-    """Operands of sums that become constant when all groups that live only in them are empty."""
+    """Operands of sums that become constant when all groups that live only in them are empty.
+
+    Args:
+        writes: node -> those whose tensors it changes in place.
+    """
     where = _places(module, groups, outputs, parameters)
     elementwise = _elementwise_nodes(module, work)
     live = _fed(module)
@@ -40,7 +45,7 @@ def find_branches(
         if not {one, two} <= live or _shape(outputs, one) != shape or _shape(outputs, two) != shape:
             continue
         for operand in (one, two):
-            region = _region(operand, node)
+            region = _without_writers(_region(operand, node), writes)
             inside = {n.name for n in region}
             own = {g for g, nodes in enumerate(where) if nodes and nodes <= inside}
             if not own or own & taken:
@@ -120,6 +125,22 @@ def _region(operand: fx.Node, join: fx.Node) -> set[fx.Node]:
                     region.add(before)
                     grown = True
     return region
+
+
+def _without_writers(region: set[fx.Node], writes: Mapping[str, Collection[str]]) -> set[fx.Node]:
+    """The region without what changes a tensor from outside in place, and what that depends on.
+
+    As an activation in place at the beginning of a branch, which the trunk goes through too.
+    """
+    inside = {node.name for node in region}
+    stack = [node for node in region if not inside.issuperset(writes.get(node.name, ()))]
+    left = set(region)
+    while stack:
+        node = stack.pop()
+        if node in left:
+            left.remove(node)
+            stack += node.all_input_nodes
+    return left
 
 
 def _becomes_constant(

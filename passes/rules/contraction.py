@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from halp_fx.passes.rules.core import LabelRun, OpCall, labels_of, register, set_labels
+from halp_fx.passes.rules.core import (
+    LabelRun,
+    OpCall,
+    is_stored,
+    labels_of,
+    register,
+    set_labels,
+)
 from halp_fx.passes.rules.movement import rectangular
 from halp_fx.passes.rules.pointwise import join
 from halp_fx.types import IntArray
@@ -81,7 +88,12 @@ def _grouped(
 @register("mm", "bmm", "mv", "dot", "matmul")
 def product(run: LabelRun, call: OpCall) -> None:
     """(..., I, K) @ (..., K, J)."""
-    set_labels(call.out, _multiply(run, call.args[0], call.args[1], tuple(call.out.shape)))
+    left, right = call.args[:2]
+    if call.out.ndim == 0 and is_stored(left) and is_stored(right):
+        for tensor in (left, right):  # a norm of weights, that all of them are scaled by
+            run.pin_tensor(tensor, "goes into one number of all weights")
+        return
+    set_labels(call.out, _multiply(run, left, right, tuple(call.out.shape)))
 
 
 @register("addmm", "baddbmm", "addmv", "addbmm")

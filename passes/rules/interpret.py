@@ -105,6 +105,8 @@ class LabelInterpreter(fx.Interpreter):
         self.snapshots: dict[str, Any] = {}
         self.held: set[str] = set()
         self.blind: set[str] = set()  # modules with a rule that don't run without data
+        self.writes: dict[str, set[str]] = {}  # node -> those whose tensors it changes in place
+        self._versions: dict[str, list[int]] = {}
 
     def execute(self) -> None:
         """Run the graph on the example's shapes."""
@@ -122,7 +124,26 @@ class LabelInterpreter(fx.Interpreter):
         for new, old in zip(tensors_in(value), tensors_in(known), strict=False):
             keep_values(new, old)
         self.snapshots[n.name] = snapshot(value)
+        self._note_writes(n, value)
         return value
+
+    def _note_writes(self, n: fx.Node, value: Any) -> None:
+        """Which tensors of the nodes before a node has changed, as their version counters tell."""
+        if self.labels.checking:
+            return
+        read = {m.name: self._versions_of(self.env[m]) for m in n.all_input_nodes if m in self.env}
+        if any(now != self._versions[name] for name, now in read.items()):
+            # Views and what they are of have one counter.
+            for before in self.env:
+                now = self._versions_of(self.env[before])
+                if now != self._versions.get(before.name, now):
+                    self.writes.setdefault(n.name, set()).add(before.name)
+                    self._versions[before.name] = now
+        self._versions[n.name] = self._versions_of(value)
+
+    @staticmethod
+    def _versions_of(value: Any) -> list[int]:
+        return [tensor._version for tensor in tensors_in(value)]
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is operator.getitem and isinstance(args[0], torch.Tensor):
@@ -260,10 +281,13 @@ def label_discovery(
     tensors: dict[int, torch.Tensor] = {}
     own: dict[int, dict[int, IntArray]] = {}
     # The kernel size of a convolution is no channel dim; weights are often viewed as (O, I k k).
+    # Weights that are computed before each call have other names.
     kernels = {
-        id(getattr(m, "weight", None))
+        id(tensor)
         for m in traced.module.modules()
         if isinstance(m, (nn.modules.conv._ConvNd))
+        for _, tensor in named_tensors(m)
+        if tuple(tensor.shape[2:]) == m.kernel_size
     }
     for name, tensor in named_tensors(traced.module):
         if id(tensor) in tensors:

@@ -7,12 +7,41 @@ import operator
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import fx
 
-__all__ = ["ValueProxy", "plain_function", "proxies_as_values"]
+__all__ = [
+    "ValueProxy",
+    "facts_are_values",
+    "facts_as_values",
+    "plain_function",
+    "proxies_as_values",
+]
+
+_FACTS = ("dtype", "device")
+_AS_VALUES: ContextVar[bool] = ContextVar("_AS_VALUES", default=False)
+
+
+@contextmanager
+def facts_as_values(wanted: bool = True) -> Iterator[None]:
+    """While this lasts, `x.dtype` and `x.device` are what they are for the example.
+
+    Else they are values of the graph, which moves to other devices and dtypes; but `is`, `str` and
+    dicts take those for what they are, an object.
+    """
+    token = _AS_VALUES.set(wanted)
+    try:
+        yield
+    finally:
+        _AS_VALUES.reset(token)
+
+
+def facts_are_values() -> bool:
+    """Whether `facts_as_values` lasts."""
+    return _AS_VALUES.get()
 
 
 class ValueProxy(fx.Proxy):
@@ -25,7 +54,15 @@ class ValueProxy(fx.Proxy):
         # tell torch whether a tensor is a parameter.
         if k.startswith(("__", "_is_")):
             raise AttributeError(k)
-        return ValueAttribute(self, k)
+        found = ValueAttribute(self, k)
+        if k in _FACTS and facts_are_values():
+            try:
+                value = self.tracer.known(found.node)
+            except fx.proxy.TraceError:  # it depends on data
+                return found
+            self.tracer.graph.erase_node(found.node)
+            return value
+        return found
 
     def __len__(self) -> int:
         return int(self.tracer.decided(self.node, len))

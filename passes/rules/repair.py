@@ -9,8 +9,9 @@ labels say, and what doesn't agree is pinned.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -86,16 +87,70 @@ def _freeze_numbers(
     if not isinstance(shrunk.snapshots.get(node.name), Snapshot):
         return
 
-    def frozen(argument: Any, value: Any) -> Any:
-        if not isinstance(argument, fx.Node) or isinstance(value, (bool, torch.Tensor)):
-            return argument
-        dense = shrunk.values.get(argument.name)
-        if isinstance(value, (int, float)) and value != dense:
-            return dense
-        return argument
+    node.args = tuple(_frozen(node, a, v, shrunk) for a, v in zip(node.args, args, strict=True))
+    node.kwargs = {k: _frozen(node, a, kwargs[k], shrunk) for k, a in node.kwargs.items()}
 
-    node.args = tuple(frozen(a, v) for a, v in zip(node.args, args, strict=True))
-    node.kwargs = {k: frozen(a, kwargs[k]) for k, a in node.kwargs.items()}
+
+def _frozen(node: fx.Node, argument: Any, value: Any, shrunk: Shrunk) -> Any:
+    """A number among the arguments of a node, as in the dense network."""
+    if not isinstance(argument, fx.Node) or isinstance(value, (bool, torch.Tensor)):
+        return argument
+    dense = shrunk.values.get(argument.name)
+    if not isinstance(value, (int, float)) or value == dense:
+        return argument
+    if not isinstance(dense, (int, float)) or not value or not _varies(argument, shrunk):
+        return dense
+    return _scaled(node, argument, value, dense)
+
+
+def _scaled(node: fx.Node, argument: fx.Node, value: float, wanted: float) -> fx.Node:
+    """A number computed before `node`, which is `value` now, such that it is `wanted`.
+
+    In proportion, since it may hold the batch or the size of the image besides.
+    """
+    with node.graph.inserting_before(node):
+        if not isinstance(value, int) or not isinstance(wanted, int):
+            return node.graph.call_function(operator.mul, (argument, wanted / value))
+        ratio = Fraction(wanted, value)
+        times = node.graph.call_function(operator.mul, (argument, ratio.numerator))
+        if ratio.denominator == 1:
+            return times
+        return node.graph.call_function(operator.floordiv, (times, ratio.denominator))
+
+
+def _varies(number: fx.Node, shrunk: Shrunk) -> bool:
+    """Whether a number is computed from sizes that need not be those of the example."""
+    seen, stack = {number}, [number]
+    while stack:
+        node = stack.pop()
+        first = node.args[0] if node.args else None
+        source = shrunk.snapshots.get(first.name) if isinstance(first, fx.Node) else None
+        if isinstance(source, Snapshot):  # a size, or the whole shape
+            if first.op == "get_attr":  # type: ignore[union-attr]
+                continue
+            dims = _dims_of(node, source, seen)
+            if any(d not in source.labels for d in dims):
+                return True
+            continue
+        fresh = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        stack += fresh
+    return False
+
+
+def _dims_of(node: fx.Node, source: Snapshot, users: Collection[fx.Node]) -> Iterable[int]:
+    """The dims of a tensor that `users` look at: of `x.size(k)` and `x.shape[k]` one."""
+    rank = len(source.shape)
+    if node.op == "call_method" and len(node.args) > 1 and isinstance(node.args[1], int):
+        return [node.args[1] % rank]
+    dims: list[int] = []
+    for user in node.users:
+        if user in users:
+            item = user.args[1] if user.target is operator.getitem else None
+            if not isinstance(item, int):
+                return range(rank)
+            dims.append(item % rank)
+    return dims
 
 
 def _source(node: fx.Node, shrunk: Shrunk) -> Snapshot | None:
@@ -113,7 +168,7 @@ def _sizes(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], shrunk:
     packed = len(node.args) == 2 and not isinstance(args[1], int)
     given = node.args[1] if packed else node.args[1:]
     evaluated = tuple(args[1] if packed else args[1:])
-    new = _fitted(node, given, evaluated, shrunk.shape(out))
+    new = _fitted(node, given, evaluated, shrunk.shape(out), shrunk)
     if new is not None:
         node.args = (node.args[0], new) if packed else (node.args[0], *new)
 
@@ -130,14 +185,14 @@ def _unflatten(
         return
     first = dim % (len(out.shape) - len(evaluated) + 1)
     want = shrunk.shape(out)[first : first + len(evaluated)]
-    new = _fitted(node, given, tuple(evaluated), want)
+    new = _fitted(node, given, tuple(evaluated), want, shrunk)
     if new is not None:
         node.args = (node.args[0], dim, tuple(new))
         node.kwargs = {}
 
 
 def _fitted(
-    node: fx.Node, given: Any, evaluated: tuple[int, ...], want: tuple[int, ...]
+    node: fx.Node, given: Any, evaluated: tuple[int, ...], want: tuple[int, ...], shrunk: Shrunk
 ) -> tuple[Any, ...] | None:
     """`given` sizes with those replaced that don't evaluate to `want`; None: all are right."""
     if len(evaluated) != len(want):
@@ -158,6 +213,8 @@ def _fitted(
         # A size that is computed may hold the batch, so it is best inferred when it runs.
         if isinstance(items[k], fx.Node) and not inferred:
             items[k], inferred = -1, True
+        elif isinstance(items[k], fx.Node) and evaluated[k] and _varies(items[k], shrunk):
+            items[k] = _scaled(node, items[k], evaluated[k], want[k])
         else:
             items[k] = want[k]
     return tuple(items)
@@ -201,6 +258,8 @@ def _getitem(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], shrun
     if any(a is not b for a, b in zip(new, given, strict=True)):
         item = tuple(new) if isinstance(node.args[1], tuple) else new[0]
         node.args = (node.args[0], item, *node.args[2:])
+    if len(node.args) > 2:  # what is written
+        node.args = (*node.args[:2], _frozen(node, node.args[2], args[2], shrunk))
 
 
 def _moved_item(
@@ -355,9 +414,12 @@ def _convolution_groups(
     if source is None or groups == 1:
         return
     channel = 1 if len(source.shape) == args[1].ndim else 0
-    new = shrunk.shape(source)[channel] // (source.shape[channel] // groups)
-    if new == groups and isinstance(given, fx.Node):
-        return  # it may be the batch, which is not the example's everywhere
+    new: Any = shrunk.shape(source)[channel] // (source.shape[channel] // groups)
+    now = args[place] if positional else kwargs.get("groups", 1)
+    if isinstance(given, fx.Node):  # it may hold the batch, which is not the example's everywhere
+        if now == new:
+            return
+        new = _scaled(node, given, now, new)
     if positional:
         node.args = (*node.args[:place], new, *node.args[place + 1 :])
     else:
@@ -369,6 +431,7 @@ def _attention_scale(
     node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], shrunk: Shrunk
 ) -> None:
     """The default scale is 1 / sqrt(width): keep the dense network's."""
+    _freeze_numbers(node, args, kwargs, shrunk)
     query = _source(node, shrunk)
     if query is None or kwargs.get("scale") is not None:
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -9,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from halp_fx.passes.rules.leaves import resize_leaf
 
-__all__ = ["fit_to_input", "fit_to_weights"]
+__all__ = ["fit_to_input", "fit_to_weights", "sizes_of"]
 
 
 def fit_to_weights(module: nn.Module, dense: nn.Module) -> None:
@@ -19,7 +21,7 @@ def fit_to_weights(module: nn.Module, dense: nn.Module) -> None:
         case _ConvNd():
             _fit_convolution(module, dense)
         case nn.Linear():
-            module.out_features, module.in_features = module.weight.shape
+            module.out_features, module.in_features = _weight(module).shape
         case nn.Bilinear():
             module.out_features, module.in1_features, module.in2_features = module.weight.shape
         case nn.Embedding() | nn.EmbeddingBag():
@@ -40,11 +42,32 @@ def fit_to_weights(module: nn.Module, dense: nn.Module) -> None:
             pass
 
 
+def _weight(module: Any) -> torch.Tensor:
+    """The weight, or what it is computed from before each call (weight norm, pruning by masks)."""
+    for name in ("weight", "weight_orig", "weight_v"):
+        found = module._parameters.get(name)
+        if found is not None:
+            return cast("torch.Tensor", found)
+    return cast("torch.Tensor", module.weight)
+
+
+def sizes_of(module: nn.Module) -> Any:
+    """The sizes that `fit_to_input` sets and that a call goes by."""
+    match module:
+        case nn.LayerNorm() | nn.RMSNorm():
+            return tuple(module.normalized_shape)
+        case nn.GroupNorm():
+            return module.num_groups
+        case nn.Unflatten():
+            return tuple(module.unflattened_size)
+    return None
+
+
 def _fit_convolution(module: _ConvNd, dense: nn.Module) -> None:
     assert isinstance(dense, _ConvNd)
-    rows, columns = module.weight.shape[:2]
+    rows, columns = _weight(module).shape[:2]
     if dense.groups > 1:
-        per_group = dense.weight.shape[0] // dense.groups
+        per_group = _weight(dense).shape[0] // dense.groups
         module.groups = max(rows // per_group, 1)
     if isinstance(module, _ConvTransposeNd):
         module.in_channels, module.out_channels = rows, columns * module.groups

@@ -25,11 +25,13 @@ from halp_fx.passes.rules.interpret import (
 )
 from halp_fx.passes.rules.leaves import module_rule
 from halp_fx.passes.rules.repair import Shrunk, repair
-from halp_fx.passes.rules.resize import fit_to_input, fit_to_weights
+from halp_fx.passes.rules.resize import fit_to_input, fit_to_weights, sizes_of
 from halp_fx.passes.rules.structure import empty_like, named_tensors, substitute_copy
 from halp_fx.types import Branch, IntArray, Traced
 
 __all__ = ["Failure", "Labelled", "shrink"]
+
+_NOT_IN_PLACE: dict[Any, Any] = {operator.iadd: operator.add, "add_": "add"}
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,9 @@ def _drop(
     module.get_submodule("_constants").register_buffer(operand.name, empty)
     with module.graph.inserting_before(operand):
         new = module.graph.create_node("get_attr", f"_constants.{operand.name}")
+    for user in list(operand.users):
+        if user.args and user.args[0] is operand:  # a sum into the branch: not into the constant
+            user.target = _NOT_IN_PLACE.get(user.target, user.target)
     operand.replace_all_uses_with(new)
     for name in reversed(branch.nodes):
         module.graph.erase_node(nodes[name])
@@ -164,6 +169,7 @@ class _Checker(LabelInterpreter):
         self.labelled = labelled
         self.facts = facts
         self.failures = failures
+        self.fitted: dict[str, Any] = {}  # module without tensors -> its sizes
 
     def value_of(self, n: fx.Node) -> Any:
         if n.op in ("placeholder", "get_attr", "output"):
@@ -175,9 +181,7 @@ class _Checker(LabelInterpreter):
         try:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             repair(n, args, kwargs, self.facts)
-            for new in n.all_input_nodes:
-                if new not in self.env:
-                    self.env[new] = self.value_of(new)
+            self.run_repairs(n)
             if n.op == "call_module":
                 self.fit_module(n, args)
             if n.op == "call_module" and module_rule(self.fetch_attr(str(n.target))) is not None:
@@ -202,6 +206,13 @@ class _Checker(LabelInterpreter):
         with self.labels.without_rules():
             return module(*args, **kwargs)
 
+    def run_repairs(self, n: fx.Node) -> None:
+        """Run the nodes that a repair has put in before a node."""
+        for new in n.all_input_nodes:
+            if new not in self.env:
+                self.run_repairs(new)
+                self.env[new] = self.value_of(new)
+
     def fit_module(self, n: fx.Node, args: tuple[Any, ...]) -> None:
         first = next(iter(tensors_in(args)), None)
         out = self.facts.snapshots[n.name]
@@ -210,6 +221,9 @@ class _Checker(LabelInterpreter):
         dense = self.traced.module.get_submodule(str(n.target))
         module = self.fetch_attr(str(n.target))
         fit_to_input(module, dense, tuple(first.shape), self.facts.shape(out))
+        sizes = sizes_of(module)
+        if self.fitted.setdefault(str(n.target), sizes) != sizes:
+            raise StructureError("it is used more than once, with other widths")
 
     def expected(self, dense: Snapshot) -> torch.Tensor:
         """A tensor without data as the labels say it should be."""

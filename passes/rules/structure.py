@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+from halp_fx.errors import InputError
 
 __all__ = [
     "detached_copy",
@@ -40,36 +43,88 @@ def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def structural_copy(module: nn.Module) -> nn.Module:
-    """A copy of the modules that shares all tensors with the original."""
-    memo: dict[int, Any] = {}
-    for own in module.modules():
-        for store in (own._parameters, own._buffers, own.__dict__):
-            for value in store.values():
-                if isinstance(value, torch.Tensor):
-                    memo[id(value)] = value
-    return copy.deepcopy(module, memo)
+    """A copy of the modules that shares all tensors with the original.
+
+    Raises:
+        InputError: a module holds what can't be copied.
+    """
+    shared = {
+        id(t): t
+        for own in module.modules()
+        for store in (own._parameters, own._buffers, own.__dict__)
+        for t in store.values()
+        if isinstance(t, torch.Tensor)
+    }
+    return _copied(module, shared | _computed_tensors(module))
 
 
 def detached_copy(module: nn.Module) -> nn.Module:
     """A copy that shares the parameters but has buffers of its own: it may be run."""
-    return copy.deepcopy(
-        module, {id(p): p for p in module.parameters()} | _computed_tensors(module)
-    )
+    return _copied(module, {id(p): p for p in module.parameters()} | _computed_tensors(module))
 
 
 def _computed_tensors(module: nn.Module) -> dict[int, Any]:
-    """Tensors that hooks keep on modules (old-style weight norm): they can't be copied as such."""
+    """Tensors with a history, without it: they can't be copied as such.
+
+    Old-style weight norm keeps one on its module; a `forward` may keep features.
+    """
     return {
-        id(value): value.detach()
+        id(t): t.detach()
         for own in module.modules()
-        for value in own.__dict__.values()
-        if isinstance(value, torch.Tensor) and not value.is_leaf
+        for store in (own._buffers, own.__dict__)
+        for name, value in store.items()
+        if name not in _STORES
+        for t in _tensors_within(value)
+        if not t.is_leaf
     }
+
+
+_STORES = ("_modules", "_parameters", "_buffers")
+
+
+def _tensors_within(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors in containers of Python's own, which may contain themselves."""
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        one = stack.pop()
+        if isinstance(one, torch.Tensor):
+            yield one
+        elif isinstance(one, (list, tuple, set, frozenset, dict, deque)) and id(one) not in seen:
+            seen.add(id(one))
+            stack += one.values() if isinstance(one, dict) else one
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy`, with an error that names what can't be copied."""
+    try:
+        return copy.deepcopy(module, dict(memo))
+    except Exception as error:
+        found = _uncopyable(module, memo)
+        raise InputError(
+            f"{type(module).__name__} can't be copied, and pruning works on copies: "
+            f"{found or ''}{type(error).__name__}: {error}. Set it to None or delete it before, "
+            "give it a __deepcopy__, or make it where it is used"
+        ) from error
+
+
+def _uncopyable(module: nn.Module, memo: dict[int, Any]) -> str | None:
+    """The first attribute of a module that can't be copied, for people."""
+    for path, own in module.named_modules():
+        for name, value in own.__dict__.items():
+            if name in _STORES:
+                continue
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:  # noqa: BLE001  the one that is looked for
+                attribute = f"{path}.{name}" if path else name
+                return f"the attribute {attribute!r} is of type {type(value).__name__}, "
+    return None
 
 
 def substitute_copy(module: nn.Module, tensors: dict[int, torch.Tensor]) -> Any:
     """A copy of the modules with tensor `t` replaced by `tensors[id(t)]`."""
-    return copy.deepcopy(module, _computed_tensors(module) | tensors)
+    return _copied(module, _computed_tensors(module) | tensors)
 
 
 def without_data(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,9 @@ from halp_fx.idle import acts_in_training_only
 from halp_fx.passes.rules.agreement import has_rows, other_sizes, rows_of
 from halp_fx.passes.rules.attention import expand_attention
 from halp_fx.passes.rules.checkpointing import in_checkpoint, opened_checkpoints
-from halp_fx.passes.rules.core import OnMeta
+from halp_fx.passes.rules.core import OnMeta, tensors_in
 from halp_fx.passes.rules.leaves import module_rule
+from halp_fx.passes.rules.meta import run_on_meta
 from halp_fx.passes.rules.proxies import ValueProxy, plain_function, proxies_as_values
 from halp_fx.passes.rules.source import located
 from halp_fx.passes.rules.structure import (
@@ -145,16 +146,21 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Inputs that the example leaves out keep their defaults, and the graph insists on it."""
+        """Inputs that the example leaves out keep their defaults, and the graph insists on it.
+
+        `*xs` are as many inputs as the example has for it, each with a name.
+        """
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        parameters = [
-            p
-            for p in inspect.signature(root_fn).parameters.values()
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ][1:]
-        given = len(self.inputs)
-        for i, parameter in enumerate(parameters[given:], start=1 + given):
-            if parameter.default is parameter.empty or i >= len(args):
+        all_kinds = list(inspect.signature(root_fn).parameters.values())[1:]
+        named = [p for p in all_kinds if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        keywords = [p for p in all_kinds if p.kind is p.KEYWORD_ONLY]
+        star = next((p.name for p in all_kinds if p.kind is p.VAR_POSITIONAL), None)
+        if star is not None:
+            names = [p.name for p in keywords]
+            function, args = self._one_by_one(root_fn, args, star, len(named), names)
+        for i, parameter in enumerate([*named, *keywords], start=1):
+            left_out = i > len(self.inputs) or parameter.kind is parameter.KEYWORD_ONLY
+            if not left_out or parameter.default is parameter.empty or i >= len(args):
                 continue
             default = parameter.default
             compare = operator.is_ if default is None else operator.eq
@@ -164,6 +170,32 @@ class Tracer(fx.Tracer):
                 self.create_proxy("call_function", torch._assert, (same, text), {})
                 args[i] = default
         return function, args
+
+    def _one_by_one(
+        self, root_fn: Any, args: list[Any], star: str, named: int, keywords: list[str]
+    ) -> tuple[Any, list[Any]]:
+        """`forward` with the inputs of its `*xs` in place of one that stands for all of them.
+
+        Args:
+            args: the model, the `named` inputs, those of `keywords`, then `*xs` and `**kwargs`.
+        """
+        last = 1 + named + len(keywords)
+        xs = []
+        with self.graph.inserting_before(args[1 + named].node):
+            for i in range(len(self.inputs) - named):
+                proxy = self.create_proxy("placeholder", f"{star}_{i}", (), {})
+                proxy.node.target = proxy.node.name  # which no other input has
+                xs.append(proxy)
+        for proxy in args[last:]:
+            self.graph.erase_node(proxy.node)
+        for proxy in args[1 : 1 + named] if xs else ():
+            proxy.node.args = ()  # what comes after it has no default
+
+        def called(*given: Any) -> Any:
+            options = dict(zip(keywords, given[1 + named : last], strict=True))
+            return root_fn(*given[: 1 + named], *given[last:], **options)
+
+        return called, [*args[:last], *xs]
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """What a condition on shapes is for the example."""
@@ -219,12 +251,13 @@ class Tracer(fx.Tracer):
         """What a node gives for the example, or for other inputs, without data."""
         if not self._cases:
             root = self.root
-            tensors = {id(t): empty_like(t) for _, t in named_tensors(root)}
+            tensors = {id(t): _placed(empty_like(t), t.device) for _, t in named_tensors(root)}
             meta = substitute_copy(root, tensors)
             inputs = {"": self.inputs} | {
                 case: _changed(self.inputs, change) for case, change in _CHANGES.items()
             }
-            self._cases = {k: _Evaluation(meta, root, given) for k, given in inputs.items()}
+            places = [t.device for t in tensors_in(self.inputs)]
+            self._cases = {k: _Evaluation(meta, root, v, places) for k, v in inputs.items()}
         self._evaluating = True
         try:
             return self._cases[case].value(node)
@@ -299,13 +332,62 @@ def _changed(inputs: tuple[Any, ...], change: Callable[[torch.Size], list[int]])
     )
 
 
+_PLACES = ("device", "is_cuda", "is_cpu", "is_meta")
+
+
+def _is_stand_in(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_meta
+
+
+def _placed(stand_in: torch.Tensor, place: torch.device) -> torch.Tensor:
+    """The stand-in, with a note of the device that the tensor itself is on."""
+    stand_in._halp_device = place  # type: ignore[attr-defined]
+    return stand_in
+
+
+class _Placing(OnMeta):
+    """Makes tensors without data that know which device they would be on."""
+
+    def __init__(self, usual: torch.device) -> None:
+        super().__init__()
+        self.usual = usual
+
+    def __torch_dispatch__(  # noqa: D105
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = run_on_meta(func, args, kwargs or {})
+        place = (kwargs or {}).get("device")
+        if place is None or place.type == "meta":
+            place = self._place_of(list(tensors_in([args, kwargs])))
+        for tensor in tensors_in(out):
+            if not hasattr(tensor, "_halp_device"):
+                _placed(tensor, place)
+        return out
+
+    def _place_of(self, read: list[torch.Tensor]) -> torch.device:
+        if not read:
+            return torch.device("cpu")
+        first = next((t for t in read if t.ndim), read[0])  # single numbers may be on the CPU
+        own: torch.device = getattr(first, "_halp_device", self.usual)
+        return own
+
+
 class _Evaluation:
     """Values of nodes for some inputs, worked out when they are asked for."""
 
-    def __init__(self, root: nn.Module, origin: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        origin: nn.Module,
+        inputs: tuple[Any, ...],
+        places: Sequence[torch.device],
+    ) -> None:
         self.root = root
         self.origin = origin
         self.inputs = without_data(inputs)
+        for tensor, place in zip(tensors_in(self.inputs), places, strict=True):
+            _placed(tensor, place)
+        self.usual = next(iter(places), torch.device("cpu"))
         self.values: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
@@ -319,7 +401,10 @@ class _Evaluation:
     def _run(self, node: fx.Node) -> Any:
         args = fx.map_arg(node.args, self.values.__getitem__)
         kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
-        with torch.no_grad(), OnMeta():
+        if node.target is getattr and args[1] in _PLACES and _is_stand_in(args[0]):
+            place = getattr(args[0], "_halp_device", self.usual)
+            return getattr(torch.empty(0, device=place), args[1])
+        with torch.no_grad(), _Placing(self.usual):
             match node.op:
                 case "placeholder":
                     place = [n for n in node.graph.nodes if n.op == "placeholder"].index(node)

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from halp_fx.passes.rules.core import LabelRun, OpCall, labels_of, rule_for, tensors_in
+from halp_fx.passes.rules.core import (
+    LabelRun,
+    OpCall,
+    is_stored,
+    labels_of,
+    rule_for,
+    tensors_in,
+)
 from halp_fx.passes.rules.interpret import Snapshot
 from halp_fx.passes.rules.norm import batch_norm
 from halp_fx.passes.rules.pointwise import pointwise
@@ -58,12 +65,21 @@ class WorkLog:
         run.whole_observer = self.note_whole
 
     def note_whole(self, read: list[torch.Tensor], out: list[torch.Tensor]) -> None:
-        """A node that nobody looks into, in place of what it did before it failed."""
+        """A node that nobody looks into, in place of what it did before it failed.
+
+        Its operations are taken to be in proportion to its largest weight.
+        """
         node = self.run.node
         self.logged = [item for item in self.logged if item.node != node]
         flops = float(self.traced.flops.get(node, 0.0))
         reads, writes = (tuple(_snap(t) for t in tensors) for tensors in (read, out))
-        self.logged.append(_Logged(node, self.run.op, "whole", flops, (), reads, writes))
+        weights = [_snap(t) for t in read if is_stored(t)] or list(writes)
+        factors: tuple[tuple[Snapshot, int], ...] = ()
+        if weights and flops:
+            largest = max(weights, key=lambda s: math.prod(s.shape))
+            flops /= max(math.prod(largest.shape), 1)
+            factors = _dims(largest)
+        self.logged.append(_Logged(node, self.run.op, "whole", flops, factors, reads, writes))
 
     def note(self, call: OpCall) -> None:
         name = call.name.removesuffix("_") if call.name not in _MOVES else call.name
