@@ -232,7 +232,7 @@ def _cifar(
     budgets: BudgetsOption = "0.667,0.5,0.333",
     seeds: SeedsOption = "0,1",
     tune_images: TuneOption = 10_000,
-    rate: RateOption = "0.008",
+    rate: RateOption = "0.008,0.002",
     batch: BatchOption = 64,
     score_images: ScoreOption = 1024,
     choose_images: ChooseOption = 1000,
