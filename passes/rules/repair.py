@@ -416,7 +416,7 @@ def _convolution_groups(
     channel = 1 if len(source.shape) == args[1].ndim else 0
     new: Any = shrunk.shape(source)[channel] // (source.shape[channel] // groups)
     now = args[place] if positional else kwargs.get("groups", 1)
-    if isinstance(given, fx.Node):  # it may hold the batch, which is not the example's everywhere
+    if isinstance(given, fx.Node) and _varies(given, shrunk):  # as one that holds the batch
         if now == new:
             return
         new = _scaled(node, given, now, new)
