@@ -18,7 +18,7 @@ from halp_fx.latency import (
     fit_calibration,
     measure_paired,
 )
-from halp_fx.passes.latency import measure_widths, network_key, price, refine
+from halp_fx.passes.latency import copies_views, measure_widths, network_key, price, refine
 from halp_fx.passes.rewrite import rewrite
 from halp_fx.passes.rules.counts import Count, parameter_counts, total
 from halp_fx.passes.rules.plan import kept_indices
@@ -86,7 +86,7 @@ def calibrate(
             progress(done, kernels + total)
 
     measure_widths(groups, source, costs, choices, progress=tell)
-    key = network_key(groups, backend.fuses)
+    key = network_key(groups, backend.fuses, copies=copies_views(backend))
     keys = [_keys_of(groups, backend.fuses, i, kept) for i, kept in enumerate(choices)]
     pairs: dict[int, tuple[Timing, Timing]] = {}
     # In random order: what the machine does meanwhile is no matter of those held out.

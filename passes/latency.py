@@ -21,7 +21,15 @@ from halp_fx.passes.rules.grids import Grid, Kept, Probe, probes, steps_of
 from halp_fx.passes.rules.kernels import Part, axes_of, kernel_parts, remainder, roofline
 from halp_fx.types import ChannelGroups, Extent, Kernel, LatencyModel
 
-__all__ = ["measure_widths", "measurements", "network_key", "price", "refine", "weight_costs"]
+__all__ = [
+    "copies_views",
+    "measure_widths",
+    "measurements",
+    "network_key",
+    "price",
+    "refine",
+    "weight_costs",
+]
 
 Progress = Callable[[int, int], None]
 
@@ -61,7 +69,7 @@ def price(
     kernels = [_droppable(kernel, groups, rests.get(k)) for k, kernel in enumerate(priced)]
     found = None
     if calibrated and source.table is not None and not isinstance(backend, Analytic):
-        key = network_key(groups, backend.fuses)
+        key = network_key(groups, backend.fuses, copies=copies_views(backend))
         found = source.table.calibration(key, backend.fingerprint())
     if found is not None:
         kernels = _calibrated(kernels, found, groups)
@@ -72,25 +80,38 @@ def price(
     return LatencyModel(tuple(kernels), backend.name, backend.fingerprint(), total, found)
 
 
-def network_key(groups: ChannelGroups, fuses: bool, kept: Sequence[int] | None = None) -> str:
+def copies_views(backend: Any) -> bool:
+    """Whether a back-end copies where PyTorch looks at a tensor in another way."""
+    return bool(getattr(backend, "copies", False))
+
+
+def network_key(
+    groups: ChannelGroups,
+    fuses: bool,
+    kept: Sequence[int] | None = None,
+    *,
+    copies: bool = False,
+) -> str:
     """What identifies a network in a table: a digest of its kernels.
 
     Args:
+        fuses, copies: as the back-end has them.
         kept: units kept in each group; None: all.
     """
     units = dict(enumerate(groups.dense_units if kept is None else kept))
-    parts = kernel_parts(groups, fuses, split=False)
+    parts = kernel_parts(groups, fuses, split=False, copies=copies)
     texts = [signature(groups, part.nodes, units) for part in parts]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
-def measurements(groups: ChannelGroups, fuses: bool) -> list[Job]:
+def measurements(groups: ChannelGroups, fuses: bool, copies: bool = False) -> list[Job]:
     """All that `price` measures for a back-end: jobs for a device that is elsewhere.
 
     Args:
         fuses: whether that back-end runs a convolution and what follows it as one kernel.
+        copies: whether it copies where PyTorch looks at a tensor in another way.
     """
-    parts = kernel_parts(groups, fuses, split=False)
+    parts = kernel_parts(groups, fuses, split=False, copies=copies)
     grids = [Grid(groups, part) for part in parts]
     rests = [Grid(groups, rest) for rest in _remainders(groups, parts).values()]
     return _jobs(groups, [*grids, *rests], probes(groups, grids))
@@ -332,7 +353,7 @@ def _measured(
         )
     if coarse is None:
         coarse = bool(getattr(backend, "coarse", False))
-    parts = kernel_parts(groups, backend.fuses, split=False)
+    parts = kernel_parts(groups, backend.fuses, split=False, copies=copies_views(backend))
     grids = [Grid(groups, part, coarse=coarse) for part in parts]
     rests = {k: Grid(groups, rest, coarse=coarse) for k, rest in _remainders(groups, parts).items()}
     probed = [] if coarse else probes(groups, grids)

@@ -216,3 +216,41 @@ def test_large_inputs_repeat_what_one_sample_has() -> None:
     probe.forward = seen.append  # type: ignore[assignment]
     Torch(threads=1).prepare(probe.eval(), (x,))()
     assert seen[0].is_contiguous() and torch.equal(seen[0], x)
+
+
+class Shuffled(nn.Module):
+    """Turns and splits of activations, some for a matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.one(x)
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        x, y = x.chunk(2, 1)
+        z = x.flatten(2)
+        scores = z @ y.flatten(2).transpose(1, 2)
+        return self.two((scores @ z).view(x.shape)[:, :, 1:])
+
+
+def test_views_that_onnx_copies_are_in_the_sum() -> None:
+    torch.manual_seed(0)
+    model = oracle.randomize(Shuffled()).eval()
+    groups = groups_of(model)
+    tables = [LatencyTable.open(":memory:") for _ in range(2)]
+    backends = [OnnxRuntime(samples=2), Torch(threads=1, samples=2)]
+    found = [
+        price(groups, Source(backend, table))
+        for backend, table in zip(backends, tables, strict=True)
+    ]
+    copied = {node for kernel in found[0].kernels for node in kernel.nodes} - {
+        node for kernel in found[1].kernels for node in kernel.nodes
+    }
+    # The second transpose is a part of a product.
+    assert copied == {"transpose", "chunk", "getitem_6"}
+    assert all(dense_ms(kernel_of(found[0].kernels, node)) > 0 for node in copied)
+    jobs = measurements(groups, fuses=True, copies=True)
+    assert len(jobs) > len(measurements(groups, fuses=True))
+    assert {job.key for job in jobs} <= {entry.key for entry in tables[0].entries()}

@@ -19,7 +19,7 @@ from torch import nn
 import halp_fx
 from halp_fx.errors import DependencyError, InputError
 from halp_fx.latency import Backend, LatencyTable, OnnxRuntime, Source, Torch, measure_paired
-from halp_fx.passes.latency import measurements
+from halp_fx.passes.latency import copies_views, measurements
 from halp_fx.tools import profiler
 from halp_fx.tools.console import DebugOption, err, out, progress_bars
 from halp_fx.tools.models import load_model, parse_input
@@ -76,7 +76,7 @@ def calibrated(
     return Calibrated(
         model=model,
         backend=backend.name,
-        measurements=len(measurements(groups, backend.fuses)),
+        measurements=len(measurements(groups, backend.fuses, copies_views(backend))),
         profile_s=seconds,
         dense_ms=costs.dense_ms,
         offset_ms=found.offset_ms,

@@ -27,7 +27,7 @@ from halp_fx.latency import (
     write_bundle,
 )
 from halp_fx.passes.groups import find_groups
-from halp_fx.passes.latency import measurements, price
+from halp_fx.passes.latency import copies_views, measurements, price
 from halp_fx.passes.trace import trace
 from halp_fx.types import ChannelGroups, LatencyModel
 
@@ -169,7 +169,7 @@ def _is_profiled(groups: ChannelGroups, source: Source) -> bool:
     if table is None or isinstance(backend, Stored):
         return True
     known = {entry.key for entry in table.entries(backend.fingerprint())}
-    jobs = measurements(groups, backend.fuses)
+    jobs = measurements(groups, backend.fuses, copies_views(backend))
     return all(job.key in known for job in jobs if not job.optional)
 
 
@@ -189,7 +189,7 @@ def write_bundle_of(
         HalpError: the network can't be traced, or a kernel can't be exported.
     """
     groups = groups_of(model, example_inputs)
-    jobs = measurements(groups, fuses=True)
+    jobs = measurements(groups, OnnxRuntime.fuses, OnnxRuntime.copies)
     tell = progress or (lambda stage, done, total: None)
     network = (groups.traced.module, groups.traced.example_inputs)
     write_bundle(

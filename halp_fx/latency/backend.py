@@ -66,9 +66,10 @@ class Backend(Protocol):
 
     A back-end on which calls return before the work is done also needs `block_ms`
     (`BlockTimer`). `min_sample_ms` and `samples`, where present, replace the defaults of
-    `measure_jobs`; with `coarse = True` few widths are measured, for measurements that are dear.
-    `sentinel` is the shape (N, C, H, W) of the images that the reference convolution takes, where
-    (1, 16, 28, 28) is too small to tell how fast the device is now.
+    `measure_jobs`. With `copies = True` a transpose or a split of a tensor is a kernel, where
+    PyTorch only looks at it in another way. With `coarse = True` few widths are measured, for
+    measurements that are dear. `sentinel` is the shape (N, C, H, W) of the images that the
+    reference convolution takes, where (1, 16, 28, 28) is too small to tell how fast the device is.
     """
 
     @property

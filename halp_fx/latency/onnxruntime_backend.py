@@ -51,6 +51,7 @@ class OnnxRuntime:
     name: ClassVar[str] = "onnxruntime"
     measured: ClassVar[bool] = True
     fuses: ClassVar[bool] = True
+    copies: ClassVar[bool] = True  # a transpose or a split is an operator
 
     def __post_init__(self) -> None:
         require_count("threads", self.threads)

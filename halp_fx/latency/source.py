@@ -60,6 +60,11 @@ class Stored:
         return known.get(self.name, bool(fields.get("fuses", False)))
 
     @property
+    def copies(self) -> bool:
+        """Whether that back-end copies where PyTorch looks at a tensor in another way."""
+        return self.name == OnnxRuntime.name
+
+    @property
     def coarse(self) -> bool:
         """Whether that back-end measures few widths."""
         return self.name == TorchCompile.name

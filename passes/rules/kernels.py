@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from halp_fx.types import ChannelGroups, Extent, TensorSpec, Work
@@ -33,7 +35,20 @@ class Part:
         return any(w.kind == "whole" for w in self.work)
 
 
-def kernel_parts(groups: ChannelGroups, fuses: bool, split: bool) -> list[Part]:
+_TURNED = {
+    "permute", "transpose", "movedim", "swapaxes", "swapdims", "t", torch.permute, torch.transpose,
+    torch.movedim, torch.swapaxes, torch.swapdims, torch.t,
+}  # fmt: skip
+_PIECES = {
+    "split", "chunk", "unbind", "tensor_split", "split_with_sizes", torch.split, torch.chunk,
+    torch.unbind, torch.tensor_split, torch.split_with_sizes,
+}  # fmt: skip
+_PRODUCTS = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__"}
+
+
+def kernel_parts(
+    groups: ChannelGroups, fuses: bool, split: bool, copies: bool = False
+) -> list[Part]:
     """Cut the graph into kernels.
 
     Args:
@@ -41,6 +56,8 @@ def kernel_parts(groups: ChannelGroups, fuses: bool, split: bool) -> list[Part]:
             reads that one.
         split: a node of several operators (a function that tracing kept whole) is priced
             operator by operator.
+        copies: views that turn a tensor or take it to pieces are kernels too, where they are not
+            a part of a matrix product.
     """
     by_node: dict[str, list[Work]] = {}
     for item in groups.work:
@@ -49,6 +66,9 @@ def kernel_parts(groups: ChannelGroups, fuses: bool, split: bool) -> list[Part]:
     open_in: dict[str, int] = {}  # node -> the kernel that ends with it
     for node in groups.traced.module.graph.nodes:
         work = by_node.get(node.name)
+        if not work and copies and (copy := _copy(node, groups)) is not None:
+            parts.append(_part(node, (copy,)))
+            continue
         if not work:
             _follow(node, open_in)
             continue
@@ -64,6 +84,28 @@ def kernel_parts(groups: ChannelGroups, fuses: bool, split: bool) -> list[Part]:
         if not several and not parts[-1].is_whole:
             open_in[node.name] = len(parts) - 1
     return parts
+
+
+def _copy(node: fx.Node, groups: ChannelGroups) -> Work | None:
+    """What a view moves that becomes an operator of its own, as in ONNX."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not isinstance(
+        read := groups.outputs.get(source.name), TensorSpec
+    ):
+        return None
+    turned = node.target in _TURNED and not all(u.target in _PRODUCTS for u in node.users)
+    sliced = node.target is operator.getitem and any(
+        isinstance(item, slice) and item != slice(None) for item in _items(node.args[1])
+    )
+    if not (turned or sliced or node.target in _PIECES) or source.op == "get_attr":
+        return None
+    writes = tuple(_specs(groups.outputs.get(node.name)))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return Work(node.name, name, "other", 0.0, (), (read,), writes) if writes else None
+
+
+def _items(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
 
 
 def _follow(node: fx.Node, open_in: dict[str, int]) -> None:
