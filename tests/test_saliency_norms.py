@@ -100,21 +100,24 @@ def test_scores_are_the_effect_of_a_mask(kind: str) -> None:
     np.testing.assert_allclose(found, effect_of_a_mask(model, units), rtol=1e-3, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["batch, bare", "instance, bare", "instance, bare function"])
-def test_scores_of_training_are_the_effect_of_a_mask(kind: str) -> None:
-    model = network(NORMS[kind]()).train()
-    example = batches()[0][0]
-    expected = effect_of_a_mask(copy.deepcopy(model))
-    pruner = GradualPruner(model, 0.7, example, steps=1, every=9, latency="analytic")
+def scores_of_training(pruner: GradualPruner) -> np.ndarray:
+    """Of the channels before the norm, by the gradients of all minibatches."""
     for x, target in batches():
         pruner.model.zero_grad()
         F.cross_entropy(pruner.model(x), target).backward()
         pruner.after_backward()
         pruner.step([])
-    groups = pruner.plan.groups
-    (group,) = [g for g, found in enumerate(groups.groups) if found.name == "one"]
-    found = pruner._scores.saliency(pruner.plan.units).scores[group]
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-12)
+    groups = pruner.plan.groups.groups
+    (group,) = [g for g, found in enumerate(groups) if found.name == "one"]
+    return pruner._scores.saliency(pruner.plan.units).scores[group]
+
+
+@pytest.mark.parametrize("kind", ["batch, bare", "instance, bare", "instance, bare function"])
+def test_scores_of_training_are_the_effect_of_a_mask(kind: str) -> None:
+    model = network(NORMS[kind]()).train()
+    expected = effect_of_a_mask(copy.deepcopy(model))
+    pruner = GradualPruner(model, 0.7, batches()[0][0], steps=1, every=9, latency="analytic")
+    np.testing.assert_allclose(scores_of_training(pruner), expected, rtol=1e-3, atol=1e-12)
 
 
 def test_a_norm_over_all_channels_is_no_norm_of_each() -> None:
@@ -130,15 +133,7 @@ def test_frozen_norms_leave_the_scores_to_the_readers() -> None:
     expected = effect_of_a_mask(model)
     pruner = GradualPruner(model, 0.7, batches()[0][0], steps=1, every=9, latency="analytic")
     pruner.model.eval()
-    for x, target in batches():
-        pruner.model.zero_grad()
-        F.cross_entropy(pruner.model(x), target).backward()
-        pruner.after_backward()
-        pruner.step([])
-    groups = pruner.plan.groups
-    (group,) = [g for g, found in enumerate(groups.groups) if found.name == "one"]
-    found = pruner._scores.saliency(pruner.plan.units).scores[group]
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-12)
+    np.testing.assert_allclose(scores_of_training(pruner), expected, rtol=1e-3, atol=1e-12)
 
 
 class Heads(nn.Module):

@@ -15,6 +15,8 @@ from torch import nn
 from ..errors import InputError, LatencyError
 
 __all__ = [
+    "GPU_SENTINEL",
+    "SENTINEL",
     "Backend",
     "BlockTimer",
     "Job",
@@ -27,6 +29,11 @@ __all__ = [
     "settle",
     "wall_ms",
 ]
+
+
+# Images (N, C, H, W) of the reference convolution: on a GPU it must be more than its launch.
+SENTINEL = (1, 16, 28, 28)
+GPU_SENTINEL = (32, 128, 56, 56)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from torch import nn
 
 from ..errors import DependencyError, InputError, LatencyError
 from .backend import (
+    GPU_SENTINEL,
+    SENTINEL,
     iter_tensors,
     map_tensors,
     placed,
@@ -87,8 +89,8 @@ class OnnxRuntime:
 
     @property
     def sentinel(self) -> tuple[int, ...]:
-        """Shape of the images of the reference convolution: more than its launch on a GPU."""
-        return (32, 128, 56, 56) if self.provider in _ON_CUDA else (1, 16, 28, 28)
+        """Shape of the images of the reference convolution."""
+        return GPU_SENTINEL if self.provider in _ON_CUDA else SENTINEL
 
     def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
         """A callable that runs the exported module once.

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from ..errors import HalpError, LatencyError
-from .backend import Backend, BlockTimer, Job, Timing, wall_ms
+from .backend import SENTINEL, Backend, BlockTimer, Job, Timing, wall_ms
 from .table import LatencyTable
 
 __all__ = ["measure_jobs", "measure_network", "measure_paired"]
@@ -44,7 +44,6 @@ _MAX_REDOS = 2  # times that a batch is measured again, since the machine was bu
 _UNCERTAINTY = 0.02  # of a median, at which a kernel has been sampled enough
 _MAX_PAIRED_EXTENSIONS = 3  # the same for two networks
 _MAX_EXTENSIONS = 2  # times that the samples of an uncertain kernel are taken again
-_SENTINEL = (1, 16, 28, 28)  # images of the reference convolution
 _RISE_MS = 500.0  # for which a GPU computes before it counts
 _SENTINEL_MEMORY = 2000  # times that its least is taken from
 _WARM_UP_CALLS = 3
@@ -269,12 +268,12 @@ class _Sentinel:
     """A small convolution whose time tells whether the machine is busy with something else."""
 
     def __init__(self, backend: Backend, history: deque[float]) -> None:
-        shape = getattr(backend, "sentinel", _SENTINEL)
+        shape = getattr(backend, "sentinel", SENTINEL)
         convolution = nn.Conv2d(shape[1], shape[1], 3, padding=1, device="cpu").eval()
         image = torch.randn(shape, device="cpu")
         self.probe = _probe(backend, convolution, (image,), _min_sample_ms(backend, None))
         self._history = history
-        if shape != _SENTINEL:  # a GPU, whose clock takes its time to rise
+        if shape != SENTINEL:  # a GPU, whose clock takes its time to rise
             warmed = 0.0
             while warmed < _RISE_MS:
                 warmed += max(_block_ms(backend, self.probe.run, self.probe.calls), 0.1)

@@ -13,7 +13,16 @@ import torch
 from torch import nn
 
 from ..errors import InputError, LatencyError
-from .backend import map_tensors, placed, require_count, require_positive, settle, wall_ms
+from .backend import (
+    GPU_SENTINEL,
+    SENTINEL,
+    map_tensors,
+    placed,
+    require_count,
+    require_positive,
+    settle,
+    wall_ms,
+)
 from .device import cpu_facts, cuda_facts, fingerprint_text
 
 __all__ = ["Torch"]
@@ -72,8 +81,8 @@ class Torch:
 
     @property
     def sentinel(self) -> tuple[int, ...]:
-        """Shape of the images of the reference convolution: more than its launch on a GPU."""
-        return (1, 16, 28, 28) if torch.device(self.device).type == "cpu" else (32, 128, 56, 56)
+        """Shape of the images of the reference convolution."""
+        return SENTINEL if torch.device(self.device).type == "cpu" else GPU_SENTINEL
 
     @property
     def _device(self) -> torch.device:

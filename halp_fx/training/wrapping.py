@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from halp_fx.errors import InputError, warn_caller
+from halp_fx.passes.rules.wrappers import inside_of
 
 __all__ = ["Wrap", "retire", "wrapping_of"]
 
@@ -40,7 +41,7 @@ def wrapping_of(model: nn.Module, wrap: Wrap | None) -> tuple[nn.Module, Wrap]:
     """
     if wrap is not None and not callable(wrap):
         raise InputError(f"wrap is {wrap!r}: pass a callable that wraps a network, or None")
-    inside = model._modules.get("_orig_mod") if _is_compiled(model) else None
+    _, inside = inside_of(model) or ("", None)
     if isinstance(inside, DistributedDataParallel):
         if wrap is None:
             warn_caller(
@@ -75,11 +76,6 @@ def wrapping_of(model: nn.Module, wrap: Wrap | None) -> tuple[nn.Module, Wrap]:
         return DistributedDataParallel(network, **options)
 
     return model.module, again
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    # By name: torch._dynamo, where the class is, takes seconds to import.
-    return isinstance(model, nn.Module) and type(model).__name__ == "OptimizedModule"
 
 
 def _options(model: DistributedDataParallel) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from halp_fx.errors import InputError
 
-__all__ = ["unwrapped"]
+__all__ = ["inside_of", "unwrapped"]
 
 
 def unwrapped(model: Any, stacklevel: int = 2) -> Any:
@@ -30,7 +30,7 @@ def unwrapped(model: Any, stacklevel: int = 2) -> Any:
                 "model is a TorchScript module, which can't be traced: pass the original "
                 "torch.nn.Module, from before torch.jit.script or torch.jit.trace"
             )
-        inner = _inside(model)
+        inner = inside_of(model)
         if inner is None:
             return model
         name, model = inner
@@ -43,7 +43,7 @@ def unwrapped(model: Any, stacklevel: int = 2) -> Any:
         )
 
 
-def _inside(model: Any) -> tuple[str, nn.Module] | None:
+def inside_of(model: Any) -> tuple[str, nn.Module] | None:
     """Attribute and module that a wrapper holds, or None where there's no wrapper."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return "module", model.module
