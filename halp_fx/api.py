@@ -18,6 +18,7 @@ from halp_fx.passes.rules.wrappers import unwrapped
 from halp_fx.passes.select import check_solver
 from halp_fx.passes.trace import trace
 from halp_fx.pipeline import MIN_SHARE, Progress, prepare
+from halp_fx.random_state import same_random_state
 from halp_fx.reconstruction import Fit, first_minibatches, refit
 from halp_fx.types import ChannelGroups, Plan
 
@@ -269,7 +270,7 @@ def reconstruct(
 
     Returns:
         For each layer that was fitted, the squared error on the samples kept for checking, before
-        and after, as a share of the variance. Empty where weights stay.
+        and after, as a share of the variance. Empty where all layers stay.
 
     Raises:
         InputError: `pruned` has no plan, `dense` is not the network of that plan, there are no
@@ -299,8 +300,9 @@ def reconstruct(
     if not isinstance(dense, nn.Module):
         raise InputError(f"dense is a {type(dense).__name__}: pass the network before pruning")
     _check_dense(network, dense, plan)
-    traced = trace(dense, inputs_of(batches[0], device_of(dense)), quiet=True)
-    return refit(network, traced.module, plan.kept, batches, ridge=ridge, tell=progress)
+    with torch.inference_mode(False), same_random_state():
+        traced = trace(dense, inputs_of(batches[0], device_of(dense)), quiet=True)
+        return refit(network, traced.module, plan.kept, batches, ridge=ridge, tell=progress)
 
 
 def _check_dense(pruned: nn.Module, dense: nn.Module, plan: Plan) -> None:

@@ -37,7 +37,7 @@ class Draft:
     steps: int = 1
 
 
-# Makes a draft, and makes the costs exact at the widths that were chosen.
+# Makes a draft, and measures the costs at the widths that were chosen.
 Maker = Callable[[LatencyModel], tuple[LatencyModel, Draft]]
 
 
@@ -46,7 +46,7 @@ class Best:
     """The candidate that was kept."""
 
     draft: Draft
-    costs: LatencyModel  # exact at the widths of all candidates
+    costs: LatencyModel  # measured near the widths of all candidates
     facts: Mapping[str, Any]  # for the report
 
 

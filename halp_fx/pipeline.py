@@ -126,19 +126,40 @@ class Prepared:
         stage: Callable[[str], None] = _ignored,
         tell: Progress = _silent,
     ) -> tuple[LatencyModel, Draft]:
-        """A plan by these scores, with the costs exact at its widths."""
+        """A plan by these scores, and costs that were measured near its widths."""
         choose = self._chooser(limit)
         plan = choose(self.groups, scores, costs, limit.in_ms(costs.dense_ms))
-        draft = Draft(plan, scores)
+        draft = at_once = Draft(plan, scores)
         if steps > 1 and scores.method in BY_DATA and _removes(plan):
             stage("steps")
-            draft = self._stepwise(draft, costs, limit, tell)
-            choose = self._chooser(limit, among=draft.among)
-        if can_measure(self.source):
-            stage("refine")
-            costs, plan = _refined(draft.plan, draft.scores, costs, self.source, tell, choose)
-            draft = replace(draft, plan=plan)
-        return costs, draft
+            draft = self._stepwise(at_once, costs, limit, tell)
+        if not can_measure(self.source):
+            return costs, draft
+        stage("refine")
+        try:
+            return self._refined(draft, costs, limit, tell)
+        except InfeasibleError:
+            if draft.among is None:
+                raise
+            # What the steps left misses the budget by the costs as they are now.
+            return self._refined(at_once, costs, limit, tell)
+
+    def _refined(
+        self, draft: Draft, costs: LatencyModel, limit: Budget, tell: Progress
+    ) -> tuple[LatencyModel, Draft]:
+        """Measure the kernels at the widths that were chosen, and choose again by what they take.
+
+        Until the widths stay, or `_REFINEMENTS` times.
+        """
+        choose, plan = self._chooser(limit, among=draft.among), draft.plan
+        for done in range(1, _REFINEMENTS + 1):
+            kept = [len(units) for units in plan.units]
+            costs = refine(plan.groups, self.source, costs, kept)
+            plan = choose(plan.groups, draft.scores, costs, plan.budget_ms)
+            tell("refine", done, _REFINEMENTS)
+            if kept == [len(units) for units in plan.units]:
+                break
+        return costs, replace(draft, plan=plan)
 
     def _others(self, limit: Budget) -> Iterator[Maker]:
         """What is tried besides the first draft; in steps, each score also at once."""
@@ -425,25 +446,6 @@ def _guarded(model: nn.Module, tell: Progress) -> Iterator[Callable[[str], None]
     # Saliency needs gradients.
     with torch.inference_mode(False), same_random_state(), _named_stage(model, tell) as stage:
         yield stage
-
-
-def _refined(
-    plan: Plan,
-    scores: Saliency,
-    costs: LatencyModel,
-    source: Source,
-    tell: Progress,
-    choose: Choose,
-) -> tuple[LatencyModel, Plan]:
-    """Measure the kernels at the widths that were chosen, and choose again by what they take."""
-    for done in range(1, _REFINEMENTS + 1):
-        kept = [len(units) for units in plan.units]
-        costs = refine(plan.groups, source, costs, kept)
-        plan = choose(plan.groups, scores, costs, plan.budget_ms)
-        tell("refine", done, _REFINEMENTS)
-        if kept == [len(units) for units in plan.units]:
-            break
-    return costs, plan
 
 
 def _removes(plan: Plan) -> bool:

@@ -55,7 +55,7 @@ def check_steps(steps: int, data: Any, saliency: Any) -> None:
 def target_at(dense: float, target: float, done: float) -> float:
     """A limit on the way from the dense network to the target: `dense * (target / dense) ** done`.
 
-    The exponential schedule of HALP (NeurIPS 2022, section 4).
+    The exponential schedule of HALP (NeurIPS 2022).
     """
     return float(dense * (target / dense) ** done) if target < dense else target
 

@@ -1,4 +1,4 @@
-"""Residual branches that are dropped whole, candidates, and batch norm recalibration."""
+"""Residual branches that are dropped whole, and candidates."""
 
 from __future__ import annotations
 
@@ -289,40 +289,3 @@ def test_candidates_need_data(candidates: Any) -> None:
     model, x = network()
     with pytest.raises(InputError, match="candidates"):
         halp_fx.compile(model, 0.5, x, latency="analytic", candidates=candidates)
-
-
-def test_recalibrated_statistics_are_those_of_the_data() -> None:
-    model, _ = network()
-    model.train()
-    model.blocks.eval()
-    modes = {n: m.training for n, m in model.named_modules()}
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    data = batches(3)
-    assert halp_fx.recalibrate(model, data, batches=2) == 2
-    assert {n: m.training for n, m in model.named_modules()} == modes
-    seen = [model.stem(x).detach() for x, _ in data[:2]]
-    mean = torch.stack([s.mean((0, 2, 3)) for s in seen]).mean(0)
-    variance = torch.stack([s.var((0, 2, 3), unbiased=True) for s in seen]).mean(0)
-    torch.testing.assert_close(model.norm.running_mean, mean)
-    torch.testing.assert_close(model.norm.running_var, variance)
-    assert model.norm.momentum == 0.1
-    for key, value in model.state_dict().items():
-        if "running" not in key and "num_batches" not in key:
-            assert torch.equal(value, before[key])
-
-
-def test_recalibrating_on_what_is_no_data_changes_nothing() -> None:
-    model, _ = network()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    (x, _), (other, _) = batches(2)
-    wrong: list[tuple[Any, str]] = [
-        ([], "no batches"),
-        (x, "data is a Tensor: pass a list of minibatches"),
-        (3, "data is a int: pass a list of minibatches"),
-        ([x, torch.full_like(other, torch.nan)], "minibatch 1 of data has inputs that are NaN"),
-        ([x, other[:, :1]], "minibatch 1 of data can't be run on the network: RuntimeError"),
-    ]
-    for data, message in wrong:
-        with pytest.raises(InputError, match=message):
-            halp_fx.recalibrate(model, data)
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -20,12 +20,12 @@ from halp_fx.passes.trace import trace
 from halp_fx.tools.experiments import accuracy_methods, accuracy_tune, cifar, imagenet, peers
 from halp_fx.tools.experiments import accuracy_scores as scores
 from halp_fx.tools.experiments.accuracy_data import Batches, correct, data_folder
-from halp_fx.tools.experiments.accuracy_methods import METHODS, SETS, chosen_methods
+from halp_fx.tools.experiments.accuracy_methods import METHODS, SETS, candidate_key, chosen_methods
 from halp_fx.tools.experiments.accuracy_records import Journal
 from halp_fx.tools.experiments.accuracy_run import Plan, run
 from halp_fx.tools.experiments.accuracy_task import Settings, Task, Variant, searched, to_latency
 from halp_fx.tools.experiments.peers import Way, torch_pruned
-from halp_fx.training import fine_tune
+from halp_fx.training import Distillation, fine_tune
 from tests.accuracy_task import images, needs_torch_pruning, tiny_task
 from tests.oracle import assert_exact
 
@@ -221,7 +221,7 @@ def test_gradual_pruning_is_brought_to_the_latency(
         return fine_tune(*arguments, **options)
 
     too_much = replace(start, knob=min(1.3 * start.knob, 1.0))
-    monkeypatch.setattr(accuracy_methods, "_ours", lambda *arguments: too_much)
+    monkeypatch.setattr(accuracy_methods, "_at_once", lambda *arguments: too_much)
     monkeypatch.setattr(accuracy_methods, "fine_tune", count)
     candidate = METHODS["joint-gradual"].prune(task, 0.5, 0)
     dense, small = task.measured(candidate.network)
@@ -284,6 +284,27 @@ def test_a_peer_cuts_what_it_is_asked_to(task: Task) -> None:
 
 
 @needs_torch_pruning
+def test_a_way_in_which_a_peer_fails_leaves_the_others(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = peers.library().pruner.MetaPruner
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if options["round_to"] is None:
+            raise KeyError("no such group")
+        return real(*arguments, **options)
+
+    fresh = replace(task, _kept={})
+    monkeypatch.setattr(peers.library().pruner, "MetaPruner", failing)
+    assert METHODS["tp-magnitude-local"].prune(fresh, 0.5, 0).variant.startswith("rounded")
+    monkeypatch.setattr(peers, "LOCAL", (Way(False),))
+    with pytest.raises(
+        InfeasibleError, match=r"the last: Torch-Pruning \(any width, 1 step\) fails"
+    ):
+        METHODS["tp-magnitude-local"].prune(fresh, 0.5, 0)
+
+
+@needs_torch_pruning
 def test_a_peer_gets_the_gradients_of_all_scoring_images(task: Task) -> None:
     network = deepcopy(task.dense)
     total = torch.stack([task.loss(network(x), y) for x, y in task.scoring(5)]).sum()
@@ -291,6 +312,31 @@ def test_a_peer_gets_the_gradients_of_all_scoring_images(task: Task) -> None:
     found = peers.gradients(task, 5)
     for name, parameter in network.named_parameters():
         assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-5), name
+
+
+def test_methods_that_differ_in_recovery_have_one_network() -> None:
+    names = ("joint", "joint-reconstructed", "joint-distilled", "joint-plain")
+    assert len({candidate_key(METHODS[name], 0.5, 1) for name in names}) == 1
+    assert candidate_key(METHODS["halp"], 0.5, 1) != candidate_key(METHODS["joint"], 0.5, 1)
+    assert candidate_key(METHODS["uniform"], 0.5, 1) == candidate_key(METHODS["uniform"], 0.5, 2)
+
+
+def test_what_trains_while_it_prunes_has_the_loss_of_the_others(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: list[Any] = []
+
+    def watched(pruner: Any, data: Any, loss: Any, **options: Any) -> Any:
+        losses.append(loss)
+        return fine_tune(pruner, data, loss, **options)
+
+    monkeypatch.setattr(accuracy_methods, "fine_tune", watched)
+    taught = replace(task, settings=replace(task.settings, recovery="distilled", alpha=1.0))
+    METHODS["joint-gradual"].prune(taught, 0.5, 0)
+    assert all(isinstance(loss, Distillation) and loss.alpha == 1.0 for loss in losses)
+    idle = replace(task, settings=replace(task.settings, tune_images=0))
+    with pytest.raises(InputError, match=r"tune_images is 0: .* needs at least 32"):
+        METHODS["joint-gradual"].prune(idle, 0.5, 0)
 
 
 def test_sets_of_methods() -> None:
@@ -305,12 +351,19 @@ def test_sets_of_methods() -> None:
 
 def test_images_that_accuracies_are_reported_on(task: Task) -> None:
     assert task.tested().pixels is task.test.pixels
-    chosen = replace(task, settings=Settings(on="choose"))
-    assert chosen.tested().pixels is task.choose.pixels
-    few = replace(task, settings=Settings(on="choose", test_images=5)).tested()
-    assert len(few) == 5
+    chosen = replace(task, settings=Settings(on="choose", choose_images=60))
     known = {image.numpy().tobytes() for image in task.choose.pixels}
-    assert {image.numpy().tobytes() for image in few.pixels} <= known
+    compared = {image.numpy().tobytes() for image in chosen.choosing().pixels}
+    tested = {image.numpy().tobytes() for image in chosen.tested().pixels}
+    assert len(compared) == 60
+    assert compared | tested == known
+    assert not compared & tested
+    few = replace(task, settings=Settings(on="choose", choose_images=60, test_images=5)).tested()
+    assert {image.numpy().tobytes() for image in few.pixels} < tested
+    assert len(few) == 5
+    none = replace(task, settings=Settings(on="choose", choose_images=len(task.choose)))
+    with pytest.raises(InputError, match="choose_images is 100: all 100 kept"):
+        none.tested()
 
 
 # Scores.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 import halp_fx
 from halp_fx.errors import InputError, NothingToPruneError
 from halp_fx.passes.trace import trace
+from halp_fx.reconstruction import checking
 from halp_fx.reconstruction import reconstruct as module_under_test
 from halp_fx.reconstruction.layers import layers_of, rows_of
 from halp_fx.report import render_markdown
@@ -471,6 +473,58 @@ def test_outputs_that_are_not_numbers_do_not_decide() -> None:
     halp_fx.recalibrate(model, data)
     pruned = planned(model, data[0][:1], {"two": range(12)})
     assert "last" in halp_fx.reconstruct(pruned, model, data)
+
+
+def test_a_fit_whose_outputs_overflow_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = stream()
+    pruned = planned(model, data[0][:1], {"two": range(12)})
+    before = copy.deepcopy(pruned)
+    halp_fx.recalibrate(before, data)
+    run = module_under_test._Reconstruction.run
+
+    def overflowing(self: Any, tell: Any) -> Any:
+        found = run(self, tell)
+        pruned.get_parameter("fc.weight").fill_(torch.inf)
+        return found
+
+    monkeypatch.setattr(module_under_test._Reconstruction, "run", overflowing)
+    assert halp_fx.reconstruct(pruned, model, data) == {}
+    for name, value in before.state_dict().items():
+        torch.testing.assert_close(pruned.state_dict()[name], value, msg=name)
+
+
+def test_norms_are_checked_where_no_layer_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = stream()
+    pruned = planned(model, data[0][:1], {"two": range(12)})
+    before = copy.deepcopy(pruned)
+    halp_fx.recalibrate(before, data)
+    checked: list[bool] = []
+
+    def no_nearer(network: Any, dense: Any, batches: Any) -> float:
+        checked.append(True)
+        return 1.0
+
+    monkeypatch.setattr(module_under_test._Reconstruction, "_fit", lambda self, layer: None)
+    monkeypatch.setattr(checking, "_distance", no_nearer)
+    assert halp_fx.reconstruct(pruned, model, data) == {}
+    assert len(checked) == 2
+    for name, value in before.state_dict().items():
+        torch.testing.assert_close(pruned.state_dict()[name], value, msg=name)
+
+
+def test_random_numbers_of_the_caller_stay() -> None:
+    class Noisy(Stream):
+        def forward(self, x: Tensor) -> Any:
+            random.random()
+            return super().forward(x)
+
+    model = oracle.randomize(Noisy()).eval()
+    data = [torch.randn(16, 3, 10, 10) for _ in range(4)]
+    pruned = planned(model, data[0][:1], {"two": range(12)})
+    states = random.getstate(), torch.get_rng_state()
+    halp_fx.reconstruct(pruned, model, data)
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
 
 
 def test_single_samples_and_autocast() -> None:

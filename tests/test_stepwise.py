@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import halp_fx
-from halp_fx.errors import InputError
+from halp_fx import pipeline
+from halp_fx.errors import InfeasibleError, InputError
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.rewrite import rewrite
 from halp_fx.passes.saliency import score, score_survivors
+from halp_fx.passes.select import select
 from halp_fx.passes.trace import trace
 from halp_fx.pipeline import prepare
 from halp_fx.report import render_markdown
@@ -194,6 +196,32 @@ def test_a_shuffled_loader_leaves_the_random_state_alone(model: nn.Module) -> No
     assert torch.equal(torch.get_rng_state(), before)
     assert plan.report["steps"] == 2
     assert "that the last of 2 steps chose from" in render_markdown(plan)
+
+
+def test_where_measured_costs_rule_out_what_the_steps_left(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = False
+
+    def refine(groups: Any, source: Any, costs: Any, kept: Any) -> Any:  # noqa: ARG001
+        nonlocal measured
+        measured = True
+        return costs
+
+    def choose(*arguments: Any, among: Any = None, **further: Any) -> Any:
+        if measured and among is not None:
+            raise InfeasibleError("what is left takes longer than that", 1.0)
+        return select(*arguments, among=among, **further)
+
+    monkeypatch.setattr(pipeline, "can_measure", lambda source: True)
+    monkeypatch.setattr(pipeline, "refine", refine)
+    monkeypatch.setattr(pipeline, "select", choose)
+    given = options(verify=False)
+    plan = halp_fx.plan_of(halp_fx.compile(model, 0.5, image(), steps=3, **given))
+    assert plan.report["steps"] == 1
+    assert plan.predicted_ms <= plan.budget_ms
+    at_once = halp_fx.plan_of(halp_fx.compile(model, 0.5, image(), **given))
+    assert all(map(np.array_equal, plan.units, at_once.units))
 
 
 def test_nothing_is_left_to_choose_from_after_a_step() -> None:

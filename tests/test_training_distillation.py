@@ -79,6 +79,51 @@ def test_features_are_compared_on_the_channels_that_survive() -> None:
     assert torch.equal(output, small(images))
 
 
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "old weight norm", "transposed"])
+def test_features_of_layers_whose_weight_is_no_plain_parameter(kind: str) -> None:
+    norms = {
+        "weight_norm": nn.utils.parametrizations.weight_norm,
+        "spectral_norm": nn.utils.parametrizations.spectral_norm,
+        "old weight norm": nn.utils.weight_norm,
+    }
+    torch.manual_seed(0)
+    first: nn.Module = nn.Conv2d(3, 16, 3)
+    if kind == "transposed":  # in groups: of 16 channels come 32
+        first = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ConvTranspose2d(16, 32, 2, groups=8))
+    elif kind == "spectral_norm":  # which pins its own channels: those after it may go
+        first = nn.Sequential(norms[kind](nn.Conv2d(3, 16, 3)), nn.Conv2d(16, 16, 1))
+    else:
+        first = norms[kind](first)
+    model = nn.Sequential(first, nn.ReLU(), nn.LazyConv2d(8, 3), nn.Flatten(), nn.LazyLinear(5))
+    images, target = torch.rand(4, 3, 12, 12), torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        model.eval()(images)
+    small = halp_fx.compile(model, 0.5, images, latency="analytic").eval()
+    name = {"transposed": "0.1", "spectral_norm": "0.0"}.get(kind, "0")
+    _, plain = Distillation(model)(small, images, target)
+    _, loss = Distillation(model, features=[name])(small, images, target)
+    seen: list[torch.Tensor] = []
+    for net in (small, model):
+        hook = net.get_submodule(name).register_forward_hook(lambda m, i, o: seen.append(o))
+        net(images)
+        hook.remove()
+    own, whole = seen
+    if kind != "spectral_norm":
+        assert own.shape[1] < whole.shape[1]
+    # Nothing before the layer was cut but its own channels, so that those are the dense ones.
+    away = [(whole - channel[:, None]).abs().amax((0, 2, 3)) for channel in own.unbind(1)]
+    theirs = whole[:, torch.stack(away).argmin(1)]
+    expected = (own - theirs).square().mean() / theirs.square().mean()
+    torch.testing.assert_close(loss - plain, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_features_that_the_student_lacks_are_refused() -> None:
+    model = network().eval()
+    other = nn.Sequential(*network(), nn.Linear(10, 10)).eval()
+    with pytest.raises(InputError, match="'12', which the student does not have"):
+        Distillation(other, features=["12"])(_pruned(model), *batches(1)[0])
+
+
 def test_ignored_positions_say_nothing() -> None:
     student, teacher = _logits(0, 2, 4, 3, 3), _logits(1, 2, 4, 3, 3)
     target = torch.randint(0, 4, (2, 3, 3), generator=torch.Generator().manual_seed(2))
@@ -246,6 +291,16 @@ def test_fine_tune_does_what_a_plain_loop_does() -> None:
         other.step()
         other.zero_grad()
         schedules[1].step()
+    pairs = zip(ours.parameters(), plain.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_gradients_of_what_was_done_before_do_not_count() -> None:
+    ours, plain = network(), network()
+    F.cross_entropy(ours(batches(1)[0][0]), batches(1)[0][1]).mul(100).backward()
+    for net in (ours, plain):
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        fine_tune(net, batches(1), F.cross_entropy, optimizer=optimizer)
     pairs = zip(ours.parameters(), plain.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 

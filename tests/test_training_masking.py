@@ -203,3 +203,25 @@ def test_soft_pruning_with_whole_branches_gone_keeps_gradients_small() -> None:
         dropped = dropped or any(not len(own) for own in pruner.plan.units)
     assert dropped, "no branch was dropped: the budget is too large for this test"
     assert max(norms) < 10 * norms[0]
+
+
+def test_going_back_lifts_the_mask_that_was_put_since() -> None:
+    torch.manual_seed(0)
+    pruner = GradualPruner(
+        network(), 0.12, example(), steps=20, every=1, latency="analytic", soft=True, min_share=0.3
+    )
+    optimizer = torch.optim.SGD(pruner.model.parameters(), 0.01)
+    start = copy.deepcopy(pruner.state_dict())
+    for images, classes in batches(19):
+        nn.functional.cross_entropy(pruner.model(images), classes).backward()
+        pruner.after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step(optimizer)
+    assert any(not len(own) for own in pruner.plan.units), "no branch is masked by then"
+    pruner.load_state_dict(start)
+    images, classes = batches(1)[0]
+    nn.functional.cross_entropy(pruner.model(images), classes).backward()
+    for name, parameter in pruner.network.named_parameters():
+        if parameter.ndim > 1:
+            assert parameter.grad is not None and parameter.grad.any(), name

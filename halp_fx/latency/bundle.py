@@ -30,6 +30,7 @@ from torch import nn
 
 from .._version import __version__
 from ..errors import HalpError, InputError, LatencyError
+from ..random_state import same_random_state
 from .backend import Job, iter_tensors
 from .bundle_results import MANIFEST_FORMAT, VERSION, import_results
 from .onnxruntime_backend import onnx_bytes
@@ -97,7 +98,7 @@ def write_bundle(
         raise InputError("there are no jobs: pass the kernels to measure, or a network")
     target = Path(folder)
     total = len(by_key) + (network is not None)
-    with _explained(target), _same_random_state():
+    with _explained(target), same_random_state():
         keeps = _claim(target)
         entries: list[dict[str, Any]] = []
         for done, (key, job) in enumerate(by_key.items(), 1):
@@ -362,10 +363,3 @@ def _explained(folder: Path) -> Iterator[None]:
             f"the bundle can't be written to {folder} ({e}): pass a folder that can be written, "
             "with space enough"
         ) from e
-
-
-@contextmanager
-def _same_random_state() -> Iterator[None]:
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
-        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from halp_fx.errors import InputError
 from halp_fx.minibatches import device_of, float_tensors, inputs_of
 from halp_fx.recalibrate import recalibrate
 
@@ -70,7 +72,7 @@ def keep_nearer(
     fitted = {key: (tensor, tensor.clone()) for key, (tensor, _) in saved.items()}
     off = _distance(network, dense, batches)
     restore(saved)
-    with suppress(ValueError):  # of PyTorch: a batch norm that reads one value a channel
+    with suppress(InputError):  # where what it computes is not finite, its statistics stay
         recalibrate(network, [(inputs, None) for inputs in given])
     before = _distance(network, dense, batches)
     if off is None or before is None or off < before:
@@ -84,7 +86,8 @@ def _distance(
 ) -> float | None:
     """Squared difference of the outputs as a share of the dense ones' squares.
 
-    Of the samples kept for checking, and where both are finite; None where nothing is.
+    Of the samples kept for checking, and where the dense ones are finite; infinite where the
+    others are not, None where nothing is left to compare.
     """
     off = size = 0.0
     firsts = [
@@ -103,7 +106,8 @@ def _distance(
             pair = [own.detach().double().cpu(), other.detach().double().cpu()]
             if own.ndim and len(own) == samples:
                 pair = [values[held] for values in pair]
-            known = pair[0].isfinite() & pair[1].isfinite()
-            off += float((pair[0] - pair[1])[known].square().sum())
+            known = pair[1].isfinite()
+            error = float((pair[0] - pair[1])[known].square().sum())
+            off += error if math.isfinite(error) else math.inf
             size += float(pair[1][known].square().sum())
     return off / size if size > 0 else None

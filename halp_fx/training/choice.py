@@ -52,6 +52,9 @@ class Chooser:
     def check(self) -> None:
         """Whether the final budget can be met at all, whatever the scores will be.
 
+        That a milestone leaves units with which it can still be met is not sure where a narrower
+        kernel takes longer than a wider one.
+
         Raises:
             InfeasibleError: it can't; better told now than after the training.
         """

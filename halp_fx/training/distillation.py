@@ -170,9 +170,7 @@ class Distillation:
     ) -> torch.Tensor:
         """Mean squared difference on surviving channels, relative to the teacher's mean square."""
         layer = self.teacher.get_submodule(name)
-        weight = layer.weight
-        assert isinstance(weight, torch.Tensor)
-        index = plan_of(network).kept[f"{name}.weight"][output_dims(layer, weight)[0]]
+        index = _survivors(layer, _kept(network, name))
         if index is not None:
             dim = -1 if isinstance(layer, (nn.Linear, nn.LayerNorm, nn.Embedding)) else 1
             seen = seen.index_select(dim, index.to(seen.device))
@@ -185,13 +183,46 @@ def _as_it_is(output: Any) -> Any:
     return output
 
 
+def _kept(network: nn.Module, name: str) -> tuple[torch.Tensor | None, ...]:
+    """What is kept of a layer's weight along each dim; seen through parametrisations.
+
+    Raises:
+        InputError: the network has no such layer.
+    """
+    kept = plan_of(network).kept
+    own = [f"{name}.{tensor}" for tensor in ("weight", "weight_orig", "weight_v")]
+    behind = f"{name}.parametrizations.weight."
+    # Of a weight norm's two tensors, the last one has the shape of the weight.
+    found = max((k for k in kept if k in own or k.startswith(behind)), default=None)
+    if found is None:
+        raise InputError(
+            f"features has {name!r}, which the student does not have: pass names of layers that "
+            "teacher and student share"
+        )
+    return kept[found]
+
+
+def _survivors(layer: nn.Module, kept: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
+    """Which of the channels that a layer gives are left; None: all."""
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    dim, *others = output_dims(layer, weight)
+    index = kept[dim]
+    if index is None or not others:
+        return index
+    # A transposed convolution in groups, (I, O / groups, ...): whole groups are removed.
+    groups = (index // (len(weight) // int(layer.groups))).unique()  # type: ignore[arg-type]
+    width = weight.shape[1]
+    return (groups[:, None] * width + torch.arange(width)).flatten()
+
+
 def _check_gone(network: nn.Module, name: str) -> None:
     """That a layer without an output went with a branch.
 
     Raises:
         InputError: it is there, but nobody calls it, or the hook on it is not.
     """
-    kept = plan_of(network).kept[f"{name}.weight"]
+    kept = _kept(network, name)
     if not any(index is not None and not len(index) for index in kept):
         raise InputError(
             f"features has {name!r}, but no output of it is seen in both networks: a norm of a "

@@ -79,6 +79,7 @@ def fine_tune(
     means: list[float] = []
     try:
         network.train()
+        optimizer.zero_grad()  # of what was done before
         for epoch in range(1, epochs + 1):
             losses: list[float] = []
             for inputs, target in data:

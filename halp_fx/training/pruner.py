@@ -17,6 +17,7 @@ from halp_fx.passes.rules.scope import Selection
 from halp_fx.passes.rules.widths import Widths
 from halp_fx.passes.rules.wrappers import unwrapped
 from halp_fx.passes.select import check_solver
+from halp_fx.random_state import same_random_state
 from halp_fx.training.arguments import (
     Optimizers,
     check_count,
@@ -34,7 +35,7 @@ from halp_fx.training.masking import Mask, complement
 from halp_fx.training.processes import agreed, check_same
 from halp_fx.training.schedule import Schedule, check_schedule, shares
 from halp_fx.training.scores import GradientScores, NotFiniteError
-from halp_fx.training.state import check_state, one_or_all, same_random_state, same_widths
+from halp_fx.training.state import check_state, one_or_all, same_widths
 from halp_fx.training.surgery import (
     adopt,
     carry_optimizer,
@@ -142,7 +143,7 @@ class GradualPruner:
         self._count = 0  # optimiser steps
         self._put_off = 0  # how often the next milestone was put off
         self._scored = False  # whether this optimiser step's gradients were taken in
-        with same_random_state():
+        with torch.inference_mode(False), same_random_state():
             self._dense = Dense.of(
                 model, example_inputs, include=include, exclude=exclude, exact=exact
             )
@@ -301,11 +302,12 @@ class GradualPruner:
         check_forward(self.network)
         built = plan_from_text(state["built"], self._dense.groups)
         present = self.network
+        self._mask.lift()
         if same_widths(self._built, built, present, state["network"]):
             present.load_state_dict(state["network"])
             present.meta["halp_fx"] = self._dense.without_network(built)
         else:
-            with same_random_state():
+            with torch.inference_mode(False), same_random_state():
                 fresh = self._dense.build(built)
             load_values(fresh, present, state["network"])
             synchronise_like(fresh, present)
@@ -340,7 +342,7 @@ class GradualPruner:
             check_optimizer(each, self.network)
         device = next(self.network.parameters()).device
         check_same(self._group_names() + plan_to_text(self._built), "networks", device)
-        with same_random_state():
+        with torch.inference_mode(False), same_random_state():
             alive = self._built.units
             left = any(len(own) for own in alive)
             saliency = (

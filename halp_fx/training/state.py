@@ -1,10 +1,9 @@
-"""States to go on from: a run's checkpoint, and torch's random numbers."""
+"""States of a run to go on from."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from halp_fx.errors import InputError
 from halp_fx.latency.device import differences
 from halp_fx.types import Plan
 
-__all__ = ["check_state", "one_or_all", "same_random_state", "same_widths"]
+__all__ = ["check_state", "one_or_all", "same_widths"]
 
 _REPEATED = 0.1  # how much two measurements of a network may differ
 
@@ -82,12 +81,3 @@ def same_widths(
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     alike = all(np.array_equal(a, b) for a, b in zip(plan.units, other.units, strict=True))
     return alike and {name: tensor.shape for name, tensor in weights.items()} == shapes
-
-
-@contextmanager
-def same_random_state() -> Iterator[None]:
-    """Give torch's generators back as they were: a milestone does not change what follows it."""
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    devices = range(torch.cuda.device_count()) if cuda else []
-    with torch.inference_mode(False), torch.random.fork_rng(devices=devices):
-        yield

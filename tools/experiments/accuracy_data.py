@@ -85,10 +85,14 @@ class Images:
 
     def sample(self, count: int, seed: int) -> Images:
         """So many images at random, each at most once; all in their order where there are fewer."""
-        if count >= len(self):
-            return self
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return self.at(order[:count])
+        return self if count >= len(self) else self.at(self._order(seed)[:count])
+
+    def rest(self, count: int, seed: int) -> Images:
+        """The images that `sample` leaves out."""
+        return self.at(self._order(seed)[count:])
+
+    def _order(self, seed: int) -> torch.Tensor:
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
 
     def inputs(self, index: torch.Tensor | slice) -> torch.Tensor:
         """What a network takes: (N, 3, H, W), float32, normalised."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -17,11 +18,11 @@ from halp_fx.pipeline import Prepared, prepare
 from halp_fx.tools.experiments import accuracy_scores as scores
 from halp_fx.tools.experiments.accuracy_data import Batches, correct
 from halp_fx.tools.experiments.accuracy_task import Candidate, Task, Variant, searched
-from halp_fx.tools.experiments.accuracy_tune import tune
+from halp_fx.tools.experiments.accuracy_tune import training_loss, tune
 from halp_fx.tools.experiments.peers import library, torch_pruning
 from halp_fx.training import GradualPruner, fine_tune
 
-__all__ = ["DENSE", "METHODS", "SETS", "Method", "Prune", "chosen_methods"]
+__all__ = ["DENSE", "METHODS", "SETS", "Method", "Prune", "candidate_key", "chosen_methods"]
 
 _MILESTONES = 10
 _GRADUAL_SHARE = 0.5  # of the images of fine-tuning
@@ -48,7 +49,15 @@ class Method:
     recovery: str | None = None  # None: as the settings say
     needs: Callable[[], object] | None = None  # raises `DependencyError` where a package is missing
     reconstruct: bool = False  # in place of batch norm recalibration
-    pruned_as: str | None = None  # the method whose networks these are, before they recover
+    # The method whose networks these are, before they recover; where a run was cut off between the
+    # two, they are searched anew.
+    pruned_as: str | None = None
+
+
+def candidate_key(method: Method, budget: float, seed: int) -> tuple[Any, ...]:
+    """What tells a method's network before it recovers from others, within one run."""
+    name = method.pruned_as or method.name
+    return "candidate", name, budget, seed if method.seeded else None
 
 
 Data = Callable[[Task, int], Mapping[str, Any]]  # task, seed -> arguments of halp_fx.compile
@@ -134,16 +143,21 @@ def _ours(
     return searched(task, budget, [variant(round_to) for round_to in widths], seed)
 
 
+def _at_once(task: Task, budget: float, seed: int) -> Candidate:
+    """The network of "joint"."""
+    key = candidate_key(_JOINT, budget, seed)
+    return task.once(key, lambda: _JOINT.prune(task, budget, seed))
+
+
 def _tried(task: Task, budget: float, seed: int) -> Candidate:
     """Candidates in steps and at once, compared after a short training on images kept for it."""
-    knob = _ours(task, budget, seed).knob
+    knob = _at_once(task, budget, seed).knob
 
     def evaluate(network: nn.Module) -> float:
         trial = deepcopy(network).to(task.device)
         task.recalibrate(trial, seed)
         tune(task, trial, seed, images=int(_TRIAL_SHARE * task.settings.tune_images))
-        images = task.choose.sample(task.settings.choose_images, 0)
-        return float(correct(trial, images).mean())
+        return float(correct(trial, task.choosing()).mean())
 
     prepared = prepare(
         task.dense, task.example, latency=task.source, verify=False, steps=_STEPS,
@@ -158,9 +172,13 @@ def _gradual(task: Task, budget: float, seed: int) -> Candidate:
 
     What training leaves is measured; where it misses the budget, it is pruned and trained anew.
     """
-    at_once = _ours(task, budget, seed)
     settings = task.settings
-    minibatches = max(int(_GRADUAL_SHARE * settings.tune_images) // settings.batch, 1)
+    minibatches = int(_GRADUAL_SHARE * settings.tune_images) // settings.batch
+    if minibatches < 1:
+        raise InputError(
+            f"tune_images is {settings.tune_images}: a network that is pruned while it trains "
+            f"needs at least {math.ceil(settings.batch / _GRADUAL_SHARE)}"
+        )
     steps = min(_MILESTONES, minibatches)
     images = minibatches // steps * steps * settings.batch
 
@@ -175,11 +193,11 @@ def _gradual(task: Task, budget: float, seed: int) -> Candidate:
             weight_decay=1e-4,
         )  # fmt: skip
         data = Batches(task.train, settings.batch, seed, images, settings.shift)
-        fine_tune(pruner, data, task.loss, optimizer=optimizer)
+        fine_tune(pruner, data, training_loss(task), optimizer=optimizer)
         network: nn.Module = pruner.network
         return network.cpu().eval()
 
-    variant = Variant("", trained, at_once.knob)
+    variant = Variant("", trained, _at_once(task, budget, seed).knob)
     return replace(searched(task, budget, [variant], seed, tries=_TRIES), used_images=images)
 
 
@@ -199,6 +217,14 @@ def _reconstructed(method: Method) -> Method:
     return replace(
         method, name=f"{method.name}-reconstructed", title=f"{method.title}, reconstructed",
         reconstruct=True, pruned_as=method.name,
+    )  # fmt: skip
+
+
+def _recovering(method: Method, recovery: str, told: str) -> Method:
+    """The same networks, which recover so whatever the settings say."""
+    return replace(
+        method, name=f"{method.name}-{recovery}", title=f"{method.title}, {told}",
+        recovery=recovery, pruned_as=method.name,
     )  # fmt: skip
 
 
@@ -245,8 +271,8 @@ METHODS: dict[str, Method] = {
         _method("joint-candidates", "joint, three candidates", candidates=3),
         Method("joint-tried", "joint, six candidates, each trained a little", _tried),
         Method("joint-gradual", "joint, while training", _gradual),
-        Method("joint-distilled", "joint, distilled", _ours, recovery="distilled"),
-        Method("joint-plain", "joint, not distilled", _ours, recovery="plain"),
+        _recovering(_JOINT, "distilled", "distilled"),
+        _recovering(_JOINT, "plain", "not distilled"),
         # How saliencies of different groups compare, and how much of a group may go.
         _method("joint-normalised", "joint, group means 1", data=_rescaled(scores.normalised)),
         _method("joint-measured", "joint, loss of each group", data=_rescaled(scores.measured)),

@@ -13,7 +13,7 @@ import torch
 
 from halp_fx.errors import DependencyError
 from halp_fx.tools.experiments.accuracy_data import correct
-from halp_fx.tools.experiments.accuracy_methods import DENSE, Method
+from halp_fx.tools.experiments.accuracy_methods import DENSE, Method, candidate_key
 from halp_fx.tools.experiments.accuracy_records import Journal, Record, packed
 from halp_fx.tools.experiments.accuracy_task import Task
 from halp_fx.tools.experiments.accuracy_tune import best_tuned, random_devices
@@ -141,7 +141,7 @@ def _record(task: Task, method: Method, budget: float, seed: int, settings: str)
 
 
 def _made(task: Task, method: Method, budget: float, seed: int, base: Record) -> Record:
-    key = ("candidate", method.pruned_as or method.name, budget, seed if method.seeded else None)
+    key = candidate_key(method, budget, seed)
     candidate = task.once(key, lambda: method.prune(task, budget, seed))
     # The networks of a method without seeds are measured once: they are the same ones.
     dense_ms, pruned_ms = task.once(("latency", *key), lambda: task.measured(candidate.network))

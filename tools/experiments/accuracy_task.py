@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -125,9 +126,25 @@ class Task:
         size = batch if batch is not None else self.settings.batch
         return list(Batches(images, size, seed if shift else None, shift=shift))
 
+    def choosing(self) -> Images:
+        """The kept training images that variants and rates are compared on."""
+        return self.choose.sample(self.settings.choose_images, 0)
+
     def tested(self) -> Images:
-        """The images that accuracies are reported on."""
-        images = self.test if self.settings.on == "test" else self.choose
+        """The images that accuracies are reported on; nothing was chosen by them.
+
+        Raises:
+            InputError: all kept images are for choosing.
+        """
+        images = self.test
+        if self.settings.on == "choose":
+            images = self.choose.rest(self.settings.choose_images, 0)
+            if not len(images):
+                raise InputError(
+                    f"choose_images is {self.settings.choose_images}: all {len(self.choose)} kept "
+                    'training images are then for choosing, and none is left for on="choose"; '
+                    "pass fewer"
+                )
         count = self.settings.test_images
         return images if count is None else images.sample(count, 0)
 
@@ -139,7 +156,8 @@ class Task:
     def reconstruct(self, network: Any, seed: int) -> None:
         """Weights and batch norms fitted to the dense network, on the images of `recalibrate`."""
         images = self.train.sample(self.settings.recalibrate_images, seed)
-        halp_fx.reconstruct(network, self.dense, Batches(images, self.settings.batch))
+        batches = Batches(images, self.settings.batch)
+        halp_fx.reconstruct(network, self.dense, batches, minibatches=len(batches))
 
     def measured(self, network: nn.Module, bouts: int = _BOUTS) -> tuple[float, float]:
         """Milliseconds of the dense network and of this one, sampled in turn.
@@ -163,8 +181,7 @@ class Task:
         """Accuracy after recalibration on the images kept for choosing; the network is copied."""
         trial = deepcopy(network)
         self.recalibrate(trial, seed)
-        images = self.choose.sample(self.settings.choose_images, 0)
-        return float(correct(trial, images).mean())
+        return float(correct(trial, self.choosing()).mean())
 
 
 def to_latency(
@@ -247,9 +264,18 @@ def searched(
     """
     tries = task.settings.tries if tries is None else tries
     found: list[Candidate] = []
+    failed: list[InfeasibleError] = []
+
+    def made(variant: Variant, knob: float) -> nn.Module:
+        try:
+            return variant.make(knob)
+        except InfeasibleError as error:
+            failed.append(error)
+            raise
+
     for variant in variants:
         result = to_latency(
-            variant.make,
+            partial(made, variant),
             lambda network: task.share_of(network, budget),
             budget,
             start=variant.start,
@@ -258,9 +284,10 @@ def searched(
         if result is not None:
             found.append(Candidate(result[1], result[0], variant.name))
     if not found:
+        last = f". {len(failed)} could not be made; the last: {failed[-1]}" if failed else ""
         raise InfeasibleError(
             f"none of {tries} networks measured for each of {len(variants)} variants "
-            f"meets {budget:g} of the dense latency: raise the budget",
+            f"meets {budget:g} of the dense latency: raise the budget{last}",
             budget,
         )
     if len(found) == 1:

@@ -15,7 +15,7 @@ from halp_fx.tools.experiments.accuracy_data import Batches, correct
 from halp_fx.tools.experiments.accuracy_task import Task
 from halp_fx.training import Distillation, fine_tune
 
-__all__ = ["Remembering", "best_tuned", "random_devices", "tune"]
+__all__ = ["Remembering", "best_tuned", "random_devices", "training_loss", "tune"]
 
 
 class Remembering(nn.Module):
@@ -57,7 +57,7 @@ def best_tuned(
     settings = task.settings
     if settings.tune_images - used < 1:
         return deepcopy(network), None
-    images = task.choose.sample(settings.choose_images, 0)
+    images = task.choosing()
     best: tuple[float, nn.Module, float] | None = None
     diverged: DivergedError | None = None
     for rate in settings.rates:
@@ -77,6 +77,18 @@ def best_tuned(
         assert diverged is not None
         raise diverged
     return best[1:]
+
+
+def training_loss(task: Task, recovery: str | None = None) -> Any:
+    """What networks are trained by: the task's loss, or the dense network.
+
+    Args:
+        recovery: "plain" or "distilled"; None: as the settings say.
+    """
+    if (recovery or task.settings.recovery) == "plain":
+        return task.loss
+    teacher = task.once("teacher", lambda: Remembering(deepcopy(task.dense).to(task.device)))
+    return Distillation(teacher, alpha=task.settings.alpha)
 
 
 def random_devices(device: str) -> Sequence[int]:
@@ -113,10 +125,7 @@ def tune(
     if left < 1:
         return
     data = Batches(task.train, settings.batch, seed, left, settings.shift, skip=used)
-    loss: Any = task.loss
-    if (recovery or settings.recovery) == "distilled":
-        teacher = task.once("teacher", lambda: Remembering(deepcopy(task.dense).to(task.device)))
-        loss = Distillation(teacher, alpha=settings.alpha)
+    loss = training_loss(task, recovery)
     optimizer = torch.optim.SGD(
         network.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=1e-4
     )

@@ -7,6 +7,7 @@ results that are missing.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -59,7 +60,7 @@ class Settings:
     score_batches: int = 16  # minibatches that channels are scored by
     recalibration_batches: int = 32
 
-    def facts(self, task: Task, source: Source) -> dict[str, Any]:
+    def facts(self, task: Task, source: Source, dense: nn.Module) -> dict[str, Any]:
         """As JSON values."""
         tune = {f"tune_{k}": v for k, v in asdict(self.tune).items() if k != "seed"}
         return {
@@ -68,6 +69,8 @@ class Settings:
             "recalibration_batches": self.recalibration_batches,
             "scores": DEFAULT,  # what methods without scores of their own take
             "backend": source.backend.name,
+            "device": source.backend.fingerprint(),
+            "dense": _digest(*(t.cpu().numpy().tobytes() for t in dense.state_dict().values())),
             **task.facts(),
             "test_images": task.test_count(),
         }
@@ -132,16 +135,18 @@ def compare(
         HalpError: the network can't be pruned.
     """
     check(methods, speedups, seeds)
-    facts = settings.facts(task, source)
+    facts = settings.facts(task, source, dense)
     done = {record.key: record for record in read_records(folder)}
     wanted = [(_DENSE, 1.0)] + [(method, speedup) for speedup in speedups for method in methods]
     records = []
     for seed in seeds:
         for method, speedup in wanted:
             key = _key(method, speedup, seed, facts)
-            run = _Run(task, dense, folder, method, speedup, seed, settings, source, progress)
+            run = _Run(
+                task, dense, folder, method, speedup, seed, settings, facts, source, progress
+            )
             if key not in done:
-                done[key] = run.record(facts)
+                done[key] = run.record()
                 _append(folder, done[key])
             elif measure_again and source.backend.measured:
                 done[key] = run.again(done[key])
@@ -194,10 +199,11 @@ class _Run:
     speedup: float
     seed: int
     settings: Settings
+    facts: Mapping[str, Any]  # of the settings
     source: Source
     progress: Progress
 
-    def record(self, facts: Mapping[str, Any]) -> Record:
+    def record(self) -> Record:
         if self.method == _DENSE:
             network: Any = copy.deepcopy(self.dense).eval()
             value_kept, gap, outside_ms = 1.0, None, None
@@ -215,7 +221,7 @@ class _Run:
             method=self.method,
             speedup=self.speedup,
             seed=self.seed,
-            settings=facts,
+            settings=self.facts,
             dense_ms=dense_ms,
             ms=ms,
             spread_ms=spread_ms,
@@ -336,7 +342,8 @@ class _Run:
 
     @property
     def _path(self) -> Path:
-        name = f"{self.method}_{self.speedup:g}_{self.seed}.safetensors"
+        settings = _digest(json.dumps(self.facts, sort_keys=True).encode())
+        name = f"{self.method}_{self.speedup:g}_{self.seed}_{settings}.safetensors"
         return self.folder / "networks" / name
 
     def _tell(self, what: str) -> Callable[[int, int], None]:
@@ -350,6 +357,14 @@ def _share(network: nn.Module) -> float:
     if "measured_ms" in plan.report:
         return float(plan.report["measured_ms"] / plan.report["measured_dense_ms"])
     return plan.predicted_ms / plan.dense_ms
+
+
+def _digest(*parts: bytes) -> str:
+    """A short text that differs where the parts do."""
+    known = hashlib.sha256()
+    for part in parts:
+        known.update(part)
+    return known.hexdigest()[:12]
 
 
 def _key(method: str, speedup: float, seed: int, settings: Mapping[str, Any]) -> tuple[Any, ...]:

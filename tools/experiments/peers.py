@@ -23,8 +23,6 @@ from halp_fx.tools.experiments.accuracy_task import Candidate, Task, Variant, se
 
 __all__ = ["Way", "gradients", "library", "torch_pruned", "torch_pruning"]
 
-IMPORTANCES = ("magnitude", "taylor")
-
 
 @dataclass(frozen=True)
 class Way:
@@ -114,7 +112,7 @@ def torch_pruned(
 
     Raises:
         DependencyError: Torch-Pruning is not installed.
-        InfeasibleError: the network that it made can't be run.
+        InfeasibleError: it fails at this ratio, or the network that it made can't be run.
     """
     module = library()
     network = deepcopy(dense)
@@ -126,33 +124,34 @@ def torch_pruned(
         if importance == "taylor"
         else module.importance.GroupMagnitudeImportance(p=2)
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pruner = module.pruner.MetaPruner(
-            network,
-            example,
-            importance=score,
-            global_pruning=way.everywhere,
-            pruning_ratio=ratio,
-            iterative_steps=way.steps,
-            round_to=way.round_to,
-            isomorphic=way.isomorphic,
-            ignored_layers=[network.get_submodule(head)],
-        )
-        for _ in range(way.steps):
-            pruner.step()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pruner = module.pruner.MetaPruner(
+                network,
+                example,
+                importance=score,
+                global_pruning=way.everywhere,
+                pruning_ratio=ratio,
+                iterative_steps=way.steps,
+                round_to=way.round_to,
+                isomorphic=way.isomorphic,
+                ignored_layers=[network.get_submodule(head)],
+            )
+            for _ in range(way.steps):
+                pruner.step()
+        with torch.no_grad():
+            network.train(dense.training)(example)
+    except Exception as error:  # it fails in many ways; other ways of running it go on
+        raise InfeasibleError(
+            f"Torch-Pruning ({way.name}) fails at ratio {ratio:.3f}: "
+            f"{type(error).__name__}: {error}",
+            0.0,
+        ) from error
     asked = {name: parameter.requires_grad for name, parameter in dense.named_parameters()}
     for name, parameter in network.named_parameters():
         parameter.grad = None
         parameter.requires_grad_(asked[name])
-    network.train(dense.training)
-    try:
-        with torch.no_grad():
-            network(example)
-    except (RuntimeError, IndexError, ValueError) as error:
-        raise InfeasibleError(
-            f"Torch-Pruning left a network that can't be run at ratio {ratio:.3f}: {error}", 0.0
-        ) from error
     return network
 
 
