@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from halp_fx.errors import HalpError, InputError
 from halp_fx.minibatches import device_of, each_of, float_tensors, inputs_of
+from halp_fx.modes import in_eval
 
 __all__ = ["recalibrate"]
 
@@ -47,20 +48,18 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
     }
     # Those of modules too: what was put back into a model may hold a norm that a graph calls.
     pairs = [*_statistics_of_functions(network), *map(_statistics_of, norms.items())]
-    modes = {m: m.training for m in network.modules()}
     momenta = [m.momentum for m in norms.values()]
     saved = [{k: v.clone() for k, v in m.state_dict().items()} for m in norms.values()]
     saved_pairs = [(mean.clone(), variance.clone()) for _, (mean, variance) in pairs]
     device = device_of(network)
     used = 0
     try:
-        network.eval()
-        for norm in norms.values():
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average over the batches
-            norm.train()
         averaged = _Averaged([pair for _, pair in pairs], saved_pairs)
-        with torch.no_grad(), averaged:
+        with in_eval(network), torch.no_grad(), averaged:
+            for norm in norms.values():
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average over the batches
+                norm.train()
             for batch in each:
                 if batches is not None and used >= batches:
                     break
@@ -83,8 +82,6 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
     finally:
         for norm, momentum in zip(norms.values(), momenta, strict=True):
             norm.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
     return used
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from halp_fx.minibatches import device_of
+from halp_fx.modes import in_eval
 
 __all__ = ["split_ms"]
 
@@ -33,7 +34,7 @@ def split_ms(
     spent: dict[str, float] = {}
     rows: list[list[float]] = []
     clock = _clock(model)
-    with torch.no_grad(), _evaluating(model), _threads(threads), _timed(model, parts, spent, clock):
+    with torch.no_grad(), in_eval(model), _threads(threads), _timed(model, parts, spent, clock):
         for _ in range(_ROUNDS + 1):
             spent.update(dict.fromkeys(parts, 0.0))
             start = clock()
@@ -80,17 +81,6 @@ def _timed(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import fx
 
 from halp_fx.errors import InputError
 from halp_fx.minibatches import device_of, each_of, float_tensors, inputs_of
+from halp_fx.modes import in_eval
 from halp_fx.passes.rules.structure import named_tensors, substitute_copy
 from halp_fx.reconstruction.checking import held_rows, keep_nearer, restore
 from halp_fx.reconstruction.fit import Fit, Moments, error, solve
@@ -64,15 +65,14 @@ def refit(
             raise InputError(f"minibatch {i} of data is empty")
     # Shares the parameters, not the modes; buffers are its own, for what is stateful in eval mode.
     reference = substitute_copy(dense, {id(p): p for p in dense.parameters()}).eval()
-    modes = {module: module.training for module in network.modules()}
     saved = {id(t): (t, t.detach().clone()) for _, t in named_tensors(network)}
     with (
         torch.no_grad(),
+        in_eval(network),
         torch.autocast("cpu", enabled=False),
         torch.autocast(device.type, enabled=False),
     ):
         try:
-            network.eval()
             fits = _Reconstruction(network, reference, kept, batches, ridge).run(tell)
             written = any(not torch.equal(t, before) for t, before in saved.values())
             if written and not keep_nearer(network, reference, given, batches, saved):
@@ -81,9 +81,6 @@ def refit(
         except BaseException:
             restore(saved)
             raise
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
 
 def _after_hooks(network: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

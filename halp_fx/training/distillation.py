@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from halp_fx.api import plan_of
 from halp_fx.errors import InputError
+from halp_fx.modes import in_eval
 from halp_fx.passes.rules.scope import output_dims
 
 __all__ = ["Distillation", "distillation_loss"]
@@ -149,7 +150,7 @@ class Distillation:
         """
         given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
         network = _network_in(student) if self.features else student
-        with torch.no_grad(), _in_eval(self.teacher), _outputs(self.teacher, self.features) as seen:
+        with torch.no_grad(), in_eval(self.teacher), _outputs(self.teacher, self.features) as seen:
             expected = self.teacher(*given)
         with _outputs(network, self.features) as own:
             output = student(*given)
@@ -277,14 +278,3 @@ def _outputs(network: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tor
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _in_eval(network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in network.modules()}
-    try:
-        network.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

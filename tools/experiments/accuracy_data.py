@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from halp_fx.errors import DependencyError, InputError
+from halp_fx.modes import in_eval
 
 __all__ = ["Batches", "Images", "correct", "data_folder", "existing", "pillow"]
 
@@ -162,17 +163,12 @@ def correct(network: nn.Module, images: Images, *, batch: int = 250) -> np.ndarr
 
     The network's modes are given back.
     """
-    modes = {module: module.training for module in network.modules()}
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     found = []
-    try:
-        network.eval()
+    with in_eval(network):
         for start in range(0, len(images), batch):
             part = slice(start, start + batch)
             output = network(images.inputs(part).to(device))
             found.append(output.argmax(1).cpu() == images.labels[part])
-    finally:
-        for module, training in modes.items():
-            module.training = training
     right: np.ndarray[Any, Any] = torch.cat(found).numpy()
     return right
