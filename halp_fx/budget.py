@@ -83,7 +83,7 @@ class Budget:
         for name, dense in zip(_COUNTS, (dense_params, dense_macs, dense_memory), strict=True):
             limit = getattr(self, name)
             if limit is not None:
-                is_share = isinstance(limit, float) and limit <= 1
+                is_share = not isinstance(limit, numbers.Integral) and limit <= 1
                 found[name] = float(limit) * dense if is_share else float(limit)
         return found
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 from halp_fx.budget import Budget, parse_budget
 from halp_fx.candidates import Draft, Evaluate, Maker, best_of, variants
 from halp_fx.errors import InfeasibleError, InputError, NothingToPruneError, SaliencyError
-from halp_fx.latency import Source, resolve_backend, tell_foreign
+from halp_fx.latency import Source, measure_network, resolve_backend, tell_foreign
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import price, refine
 from halp_fx.passes.rewrite import rewrite
@@ -28,7 +28,7 @@ from halp_fx.passes.trace import trace
 from halp_fx.random_state import same_random_state
 from halp_fx.reconstruction import Fit, first_minibatches, refit
 from halp_fx.stepwise import check_steps, narrowed, target_at
-from halp_fx.types import ChannelGroups, IntArray, LatencyModel, Plan, Saliency
+from halp_fx.types import ChannelGroups, IntArray, LatencyModel, Plan, Saliency, Traced
 from halp_fx.verification import Check, can_measure, verified
 
 __all__ = ["MIN_SHARE", "Prepared", "Progress", "prepare"]
@@ -55,11 +55,12 @@ class Further:
     source: Source
     costs: LatencyModel
     budget: Budget
+    planned: Budget  # the same, see `_planned`
 
     @property
     def most_ms(self) -> float:
         """The limit, by the table."""
-        return self.budget.in_ms(self.costs.dense_ms)
+        return self.planned.in_ms(self.costs.dense_ms)
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,13 @@ class Prepared:
         """
         with _guarded(self.model, self.tell) as stage:
             stage("select")
-            costs, draft = self._draft(self.scores, self.costs, limit, self.steps, stage, self.tell)
+            planned = _planned(limit, self.groups.traced, self.source) if self.verify else limit
+            costs, draft = self._first_draft(limit, planned, stage)
             facts: Mapping[str, Any] = {}
             if self.candidates > 1:
                 stage("candidates")
                 best = best_of(
-                    draft, self._others(limit), costs, self.data, self.loss,
+                    draft, self._others(planned), costs, self.data, self.loss,
                     partial(self.tell, "candidates"), self.evaluate, reconstruct=self.reconstruct,
                 )  # fmt: skip
                 draft, costs, facts = best.draft, best.costs, best.facts
@@ -116,6 +118,22 @@ class Prepared:
         plan = pruned.meta["halp_fx"]  # the network should not keep the dense one alive
         pruned.meta["halp_fx"] = replace(plan, groups=plan.groups.without_network())
         return pruned
+
+    def _first_draft(
+        self, limit: Budget, planned: Budget, stage: Callable[[str], None]
+    ) -> tuple[LatencyModel, Draft]:
+        try:
+            return self._draft(self.scores, self.costs, planned, self.steps, stage, self.tell)
+        except InfeasibleError as error:
+            if planned == limit or limit.further or self.also:  # it may be of those
+                raise
+            table_ms, share = self.costs.dense_ms, planned.share or 1.0
+            dense_ms = float(limit.latency_ms or 0.0) / share
+            raise InfeasibleError(
+                f"{error}. Those are times by the table, where the dense network takes "
+                f"{table_ms:.4g} ms; it takes {dense_ms:.4g} ms as measured now",
+                error.least * dense_ms / table_ms,
+            ) from error
 
     def _draft(
         self,
@@ -338,7 +356,12 @@ def prepare(
         stage("latency")
         costs = price(groups, source, progress=partial(tell, "latency"))
         priced = [
-            Further(elsewhere, price(groups, elsewhere, progress=partial(tell, "latency")), most)
+            Further(
+                elsewhere,
+                price(groups, elsewhere, progress=partial(tell, "latency")),
+                most,
+                _planned(most, traced, elsewhere) if verify else most,
+            )
             for elsewhere, most in others
         ]
     return Prepared(
@@ -358,6 +381,18 @@ def prepare(
         verify=verify,
         tell=tell,
     )
+
+
+def _planned(limit: Budget, traced: Traced, source: Source) -> Budget:
+    """A budget in milliseconds as a share of what the dense network takes as measured now.
+
+    Sums of kernels, which were measured on another day maybe, are off by a factor more than by
+    anything else. Other budgets stay.
+    """
+    if limit.latency_ms is None or not can_measure(source):
+        return limit
+    dense = measure_network(traced.module, traced.example_inputs, source.backend)
+    return replace(limit, latency_ms=None, share=min(limit.latency_ms / dense.median_ms, 1.0))
 
 
 def _check_data_of(model: Any) -> None:

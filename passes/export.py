@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from halp_fx.devices import rename_devices
 from halp_fx.errors import DependencyError, ExportError, HalpError, InputError
 
 __all__ = ["DEFAULT_OPSET", "export_onnx"]
@@ -150,22 +151,8 @@ def _evaluation_copy(model: nn.Module) -> nn.Module:
     # A plan in `meta` holds the dense network: no need to copy that as well.
     skipped: dict[int, Any] = {id(model.meta): {}} if isinstance(model, fx.GraphModule) else {}
     network = copy.deepcopy(model, skipped).cpu().eval()
-    for module in network.modules():
-        if isinstance(module, fx.GraphModule):
-            _constants_to_cpu(module)
+    rename_devices(network, torch.device("cpu"))
     return network
-
-
-def _constants_to_cpu(module: fx.GraphModule) -> None:
-    cpu = torch.device("cpu")
-
-    def moved(value: Any) -> Any:
-        return cpu if isinstance(value, torch.device) else value
-
-    for node in module.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, moved)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
-    module.recompile()
 
 
 def _example(model: nn.Module, example: Any) -> tuple[Any, ...]:

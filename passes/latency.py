@@ -351,16 +351,9 @@ def _measured(
             f"the back-end {backend.name!r} measures, and there is no table to keep that in: pass "
             "Source(backend, halp_fx.LatencyTable.open(path))"
         )
-    if coarse is None:
-        coarse = bool(getattr(backend, "coarse", False))
     parts = kernel_parts(groups, backend.fuses, split=False, copies=copies_views(backend))
-    grids = [Grid(groups, part, coarse=coarse) for part in parts]
-    rests = {k: Grid(groups, rest, coarse=coarse) for k, rest in _remainders(groups, parts).items()}
-    probed = [] if coarse else probes(groups, grids)
     fingerprint = backend.fingerprint()
     stored = isinstance(backend, Stored)
-    jobs = _jobs(groups, grids if stored else [*grids, *rests.values()], [] if stored else probed)
-    measure_jobs(jobs, backend, table, progress=_counting(progress))
     keys: dict[Any, str] = {}
 
     def time_of(nodes: tuple[str, ...], kept: Mapping[int, int]) -> float | None:
@@ -376,6 +369,16 @@ def _measured(
             raise LatencyError(f"the table has no time for {signature(groups, nodes, kept)}")
         return ms
 
+    if coarse is None:
+        coarse = bool(getattr(backend, "coarse", False))
+        if stored and not coarse:  # measured where a measurement is dear, or to be soon advised
+            fine, few = ([Grid(groups, part, coarse=c) for part in parts] for c in (False, True))
+            coarse = not _are_known(fine, time_of) and _are_known(few, time_of)
+    grids = [Grid(groups, part, coarse=coarse) for part in parts]
+    rests = {k: Grid(groups, rest, coarse=coarse) for k, rest in _remainders(groups, parts).items()}
+    probed = [] if coarse else probes(groups, grids)
+    jobs = _jobs(groups, grids if stored else [*grids, *rests.values()], [] if stored else probed)
+    measure_jobs(jobs, backend, table, progress=_counting(progress))
     unknown = [g for g in grids if g.part.is_whole and not _is_known(g, time_of)]
     _tell_unknown(groups, unknown)
     left: dict[int, Kernel] = {}
@@ -392,6 +395,13 @@ def _measured(
 
 def _no_time(nodes: tuple[str, ...], kept: Kept) -> float:
     return 0.0
+
+
+def _are_known(
+    grids: Sequence[Grid], time_of: Callable[[tuple[str, ...], Kept], float | None]
+) -> bool:
+    """Whether the table has all of them; those held whole may be left out of it."""
+    return all(grid.part.is_whole or _is_known(grid, time_of) for grid in grids)
 
 
 def _is_known(grid: Grid, time_of: Callable[[tuple[str, ...], Kept], float | None]) -> bool:

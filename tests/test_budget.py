@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -98,3 +100,8 @@ def test_a_budget_error_is_an_input_error() -> None:
 def test_compile_refuses_before_it_traces() -> None:
     with pytest.raises(BudgetError, match="not a number"):
         halp_fx.compile(nn.Identity(), True, torch.rand(1, 3, 8, 8), latency="analytic")
+
+
+@pytest.mark.parametrize("half", [0.5, np.float32(0.5), Fraction(1, 2)])
+def test_shares_of_counts_may_be_any_fraction(half: Any) -> None:
+    assert Budget(params=half, macs=1).counts(100, 1000) == {"params": 50.0, "macs": 1.0}

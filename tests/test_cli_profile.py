@@ -185,6 +185,11 @@ def test_options_that_have_no_meaning(tmp_path: Path) -> None:
     bundle = ("profile", NET, "--bundle", tmp_path / "bundle")
     text = refused(*bundle, "--threads", 4, "--backend", "torch", "--advise")
     assert "--bundle takes no --backend, --threads, --advise: a bundle is measured by ONNX" in text
+    assert "--bundle takes no --calibrate" in refused(*bundle, "--calibrate", 3)
+    assert "--advise takes no --calibrate" in refused("profile", NET, "--advise", "--calibrate", 3)
+    assert "--import takes no --calibrate, --batch, --input" in refused(
+        "profile", NET, "--import", "r.jsonl", "--calibrate", 3, "--batch", 2, "--input", "1x3x8x8"
+    )
     assert "--bundle takes no --output" in refused(*bundle, "-o", "t.sqlite")
     assert "--import takes no --threads, --bundle" in refused(
         *bundle, "--import", "results.jsonl", "--threads", 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import getpass
 import json
 import platform
@@ -13,9 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx, nn
 
+from halp_fx.devices import named_devices
 from halp_fx.errors import InputError
 from halp_fx.latency import OnnxRuntime, Torch, device
+from halp_fx.latency.backend import settle
+from halp_fx.passes.trace import trace
 
 
 def test_the_order_of_fields_does_not_matter() -> None:
@@ -127,3 +132,24 @@ def test_the_facts_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "threads" not in fields
     with pytest.raises(InputError, match="'cuda:1' does not exist: torch sees 1"):
         device.cuda_facts(torch.device("cuda:1"))
+
+
+def test_a_graph_names_the_device_that_it_is_on() -> None:
+    class Ramp(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.linspace(0, 1, 4, device=x.device)
+
+    module = trace(Ramp(), torch.rand(2, 4)).module
+    graph = fx.GraphModule(module, copy.deepcopy(module.graph))
+    for node in list(graph.graph.nodes):
+        if node.target is getattr:
+            node.replace_all_uses_with(torch.device("cpu"))  # as a kernel is cut out
+            graph.graph.erase_node(node)
+    graph.recompile()
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert list(named_devices(graph)) == [cpu]
+    assert settle(graph.eval(), cpu, None) is graph
+    moved = settle(graph, meta, None)
+    assert list(named_devices(moved)) == [meta]
+    assert moved(torch.rand(2, 4, device=meta)).shape == (2, 4)
+    assert list(named_devices(graph)) == [cpu]

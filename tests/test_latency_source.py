@@ -26,6 +26,7 @@ from halp_fx.latency import (
     measure_jobs,
     resolve_backend,
 )
+from halp_fx.latency import source as source_module
 
 TIMING = Timing(1.0, 0.0, 1)
 
@@ -241,3 +242,25 @@ def test_a_backend_of_ones_own_is_accepted() -> None:
 
     backend = Mine()
     assert resolve_backend(backend).backend is backend
+
+
+def test_a_backend_that_measures_nothing_is_refused() -> None:
+    class Mine:
+        name, measured, fuses = "mine", False, False
+
+        def fingerprint(self) -> str:
+            return "{}"
+
+        def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
+            return lambda: None
+
+    with pytest.raises(InputError, match=r"'mine' has measured=False"):
+        resolve_backend(Mine())
+
+
+def test_of_several_devices_of_a_kind_the_one_asked_for_is_rebuilt() -> None:
+    fields = {"backend": "torch", "device": "cuda", "threads": 1}
+    for device, expected in (("cuda:1", "cuda:1"), ("cpu", "cuda")):
+        found = source_module._construct(fields, torch.device(device))
+        assert isinstance(found, Torch)
+        assert found.device == expected

@@ -7,9 +7,15 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from halp_fx.errors import InputError
 from halp_fx.latency import GridCost, Step, SteppedCost, find_step, probe_sizes
+from halp_fx.passes.groups import find_groups
+from halp_fx.passes.rules.grids import Grid
+from halp_fx.passes.rules.kernels import kernel_parts
+from halp_fx.passes.trace import trace
 
 __all__: list[str] = []
 
@@ -113,3 +119,15 @@ def test_a_point_changes_only_the_cells_around_it() -> None:
 def test_impossible_steps(size: int, penalties: tuple[float, ...]) -> None:
     with pytest.raises(InputError, match=r"penalty of at least 1|power of two"):
         Step(size, penalties)
+
+
+def test_a_grid_point_off_the_step_costs_what_was_measured() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 128, 1), nn.ReLU(), nn.Conv2d(128, 5, 1))
+    groups = find_groups(trace(net, torch.rand(1, 3, 4, 4)))
+    part = kernel_parts(groups, True, split=False)[0]
+    grid = Grid(groups, part)
+    narrow, *_ = (int(n) for n in grid.sizes[0])
+    assert narrow % 16, "the narrowest point is on the step"
+    cost = grid.kernel(lambda nodes, kept: float(kept[0]), [Step(16, (3.0,) * 4)]).cost
+    assert cost(narrow) == narrow
+    assert cost(narrow + 1) > 3 * narrow  # what the next step costs, times its penalty

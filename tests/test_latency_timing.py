@@ -618,6 +618,26 @@ def test_what_does_not_fit_together_is_measured_in_parts() -> None:
     assert found == {f"{ms}": pytest.approx(ms) for ms in (1.0, 2.5, 3.0, 4.0, 5.0)}
 
 
+@pytest.mark.parametrize("message", ["no memory is left", "Failed to allocate memory for it"])
+def test_memory_that_lacks_is_told_in_other_words(message: str) -> None:
+    """By back-ends that have an error of their own for all that fails."""
+
+    @dataclass
+    class Wrapping(Small):
+        def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
+            try:
+                return super().prepare(module, inputs)
+            except torch.OutOfMemoryError as error:
+                if message == str(error):
+                    raise LatencyError("it can't be recorded") from error
+                raise LatencyError(message) from None
+
+    backend, table = Wrapping(), LatencyTable.open(":memory:")
+    measure_jobs(jobs_of(1.0, 2.5, 3.0, 4.0, 5.0), backend, table)
+    assert backend.refused > 0
+    assert len(table.entries()) == 5
+
+
 def test_what_does_not_fit_alone_is_an_error() -> None:
     @dataclass
     class Full(Simulated):

@@ -211,6 +211,7 @@ class Graph:
 
     def __init__(self) -> None:
         self.replayed = 0
+        self.device: torch.device | None = None
         self.made.append(self)
 
     def replay(self) -> None:
@@ -218,9 +219,15 @@ class Graph:
 
 
 class _Stream:
-    def __init__(self, device: torch.device) -> None: ...
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
     def wait_stream(self, other: Any) -> None: ...
+
+
+def _recorded_on(graph: Graph, stream: _Stream) -> Any:
+    graph.device = stream.device
+    return torch.no_grad()
 
 
 @pytest.fixture
@@ -234,7 +241,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
         "current_stream": _Stream,
         "device": lambda device: torch.no_grad(),
         "stream": lambda stream: torch.no_grad(),
-        "graph": lambda graph: torch.no_grad(),
+        "graph": _recorded_on,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     return Graph.made
@@ -247,7 +254,8 @@ def test_what_a_cuda_graph_works_on_lives_as_long(graphs: list[Graph]) -> None:
 
     module, x = Held(), torch.zeros(3)
     alive = [weakref.ref(module), weakref.ref(x)]
-    replay = module_under_test._replay(partial(module, x), torch.device("cuda:0"))
+    replay = module_under_test._replay(partial(module, x), torch.device("cuda:1"))
+    assert all(graph.device == torch.device("cuda:1") for graph in graphs)
     del module, x
     gc.collect()
     assert all(one() is not None for one in alive)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import halp_fx
-from halp_fx.latency import Analytic, Job, LatencyTable, OnnxRuntime, Source, Torch
+from halp_fx.errors import DeviceMismatchError
+from halp_fx.latency import Analytic, Job, LatencyTable, OnnxRuntime, Source, Timing, Torch
 from halp_fx.latency.bundle import write_bundle
 from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import measurements, price
@@ -149,6 +151,37 @@ def test_what_can_not_be_measured_alone_is_told(caplog: pytest.LogCaptureFixture
     torch.testing.assert_close(pruned(X).shape, model(X).shape)
 
 
+def test_a_table_of_another_device_may_lack_what_can_not_be_measured_alone() -> None:
+    groups = groups_of(picky())
+    table = LatencyTable.open(":memory:")
+    text = json.dumps({**json.loads(OnnxRuntime().fingerprint()), "cpu": "another"})
+    for job in measurements(groups, OnnxRuntime.fuses, OnnxRuntime.copies):
+        if not job.optional:
+            table.put(job.key, text, Timing(1.0, 0.1, 9))
+    source = halp_fx.latency.resolve_backend(table, allow_foreign=True)
+    with pytest.warns(UserWarning, match=r"part of Net can't be measured alone"):
+        found = price(groups, source)
+    assert found.dense_ms > 0
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_few_widths_are_enough_where_a_table_of_another_device_has_no_more(missing: int) -> None:
+    """As where each measurement builds an engine."""
+    groups = groups_of(nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 5, 1)))
+    few, table = LatencyTable.open(":memory:"), LatencyTable.open(":memory:")
+    here = OnnxRuntime(samples=1, min_sample_ms=1e-3)
+    dense_ms = price(groups, Source(here, few), coarse=True).dense_ms
+    text = json.dumps({**json.loads(here.fingerprint()), "cpu": "another"})
+    kept = few.entries()[missing:]
+    table.put_all({entry.key: entry.timing for entry in kept}, text)
+    source = halp_fx.latency.resolve_backend(table, allow_foreign=True)
+    if missing:
+        with pytest.raises(DeviceMismatchError, match="lacks this measurement"):
+            price(groups, source)
+    else:
+        assert price(groups, source).dense_ms == pytest.approx(dense_ms)
+
+
 def test_a_bundle_leaves_out_what_can_not_be_exported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -254,3 +287,23 @@ def test_views_that_onnx_copies_are_in_the_sum() -> None:
     jobs = measurements(groups, fuses=True, copies=True)
     assert len(jobs) > len(measurements(groups, fuses=True))
     assert {job.key for job in jobs} <= {entry.key for entry in tables[0].entries()}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (nn.GroupNorm(1, 64), nn.GroupNorm(32, 64)),
+        (nn.AvgPool2d([3, 3], 1, 1), nn.AvgPool2d([5, 5], 1, 2)),
+        (
+            nn.LayerNorm(16, elementwise_affine=False),
+            nn.LayerNorm((64, 16, 16), elementwise_affine=False),
+        ),
+    ],
+)
+def test_modules_that_do_other_work_have_other_keys(first: nn.Module, second: nn.Module) -> None:
+    keys = []
+    for part in (first, second):
+        groups = groups_of(nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), part))
+        (node,) = (n.name for n in groups.traced.module.graph.nodes if n.target == "1")
+        keys.append(signature(groups, (node,), dict(enumerate(groups.dense_units))))
+    assert keys[0] != keys[1]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import halp_fx
 from halp_fx.passes.groups import find_groups
@@ -150,6 +151,47 @@ def test_a_wrong_rule_pins(wrong: Callable[..., None], reason: str) -> None:
     pruned = compile_within(model, 0.5, (IMAGE,))
     assert halp_fx.plan_of(pruned).kept["b.weight"][0] is not None
     oracle.assert_exact(model, pruned, (IMAGE,))
+
+
+class Mixed(nn.Module):
+    """A convolution, behind a branch on values or not."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.conv(x)
+
+
+class MixedByData(Mixed):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x if bool(x.sum() > -1e9) else -x)
+
+
+def mixed_rule(run: LabelRun, call: ModuleCall) -> None:
+    weight = call.module.conv.weight
+    run.tie(labels_of(call.args[0]).get(1), labels_of(weight).get(1))
+    run.tie(labels_of(weight).get(0), labels_of(call.module.conv.bias).get(0))
+    set_labels(call.out, {1: labels_of(weight).get(0)})
+
+
+def resize_mixed(module: Mixed, dense: Mixed) -> None:  # noqa: ARG001
+    module.conv.out_channels, module.conv.in_channels = module.conv.weight.shape[:2]
+
+
+@pytest.mark.parametrize("leaf", [Mixed, MixedByData])
+def test_work_inside_of_a_leaf_is_counted_at_the_widths_that_are_left(leaf: type[Mixed]) -> None:
+    register_module(leaf, resize=resize_mixed)(mixed_rule)
+    model = net(leaf)
+    pruned = halp_fx.compile(model, 0.2, IMAGE, latency="analytic", min_share=0.3)
+    part = pruned.get_submodule("leaf").conv
+    assert isinstance(part, nn.Conv2d)
+    assert part.in_channels < 16 and part.out_channels < 16
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        pruned(IMAGE)
+    macs = halp_fx.plan_of(pruned).report["macs"]
+    assert macs["pruned"] == counter.get_total_flops() / 2
 
 
 def test_means_that_go_into_a_leaf_pin() -> None:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import halp_fx
+from halp_fx.errors import InfeasibleError
 from halp_fx.latency import LatencyTable, Source
+from halp_fx.report import render_markdown, summarize
 from tests import oracle
 
 __all__: list[str] = []
@@ -111,7 +113,7 @@ def test_a_further_latency_is_measured_and_asked_for_again(model: nn.Module) -> 
     asked = halp_fx.compile(model, 0.9, X, latency=own, also=[(other, 0.7)], verify=False)
     assert second["predicted_ms"] < 0.6 * second["dense_ms"]  # less was asked for than at first
     assert second["budget_ms"] == halp_fx.plan_of(asked).report["also"][0]["budget_ms"]
-    assert "By other it takes" in halp_fx.report.render_markdown(plan)
+    assert "By other it takes" in render_markdown(plan)
 
 
 class Unsteady(Overhead):
@@ -136,9 +138,9 @@ def test_of_networks_that_all_miss_the_budget_the_nearest_is_given(model: nn.Mod
 def test_a_latency_that_is_missed_besides_is_in_the_report(model: nn.Module) -> None:
     own, other = source("own", 0.0), source("other", 1e9)
     plan = halp_fx.plan_of(halp_fx.compile(model, 0.9, X, latency=own, also=[(other, 0.7)]))
-    summary = halp_fx.report.summarize(plan)
+    summary = summarize(plan)
     assert [entry["met"] for entry in summary["also"]] == [False]
-    assert "and **misses** the budget" in halp_fx.report.render_markdown(plan)
+    assert "and **misses** the budget" in render_markdown(plan)
 
 
 def test_a_further_latency_is_measured_beside_one_that_is_computed(model: nn.Module) -> None:
@@ -153,6 +155,51 @@ def test_a_further_latency_is_measured_beside_one_that_is_computed(model: nn.Mod
     plan = halp_fx.plan_of(halp_fx.compile(model, 0.9, X, verify=False, **options))
     assert "met" not in plan.report["also"][0]
     assert backend.wholes == before
+
+
+class Slower(Overhead):
+    """Its table was begun on a day on which all took so many times as long."""
+
+    factor = 1.0
+
+    def block_ms(self, run: Callable[[], None], calls: int) -> float:
+        return self.factor * super().block_ms(run, calls)
+
+
+def _begun_on_a_slow_day(model: nn.Module, factor: float) -> Source:
+    own = Source(Slower("own", 0.0), LatencyTable.open(":memory:"))
+    assert isinstance(own.backend, Slower)
+    own.backend.factor = factor
+    halp_fx.compile(model, 0.5, X, latency=own, verify=False)
+    own.backend.factor = 1.0
+    return own
+
+
+def test_a_time_is_one_of_today(model: nn.Module) -> None:
+    usual = source("own", 0.0)
+    share = halp_fx.plan_of(halp_fx.compile(model, 0.5, X, latency=usual))
+    ms = share.report["measured_budget_ms"]
+    own = _begun_on_a_slow_day(model, 1.6)
+    plan = halp_fx.plan_of(halp_fx.compile(model, halp_fx.Budget(latency_ms=ms), X, latency=own))
+    assert plan.report["measured_budget_ms"] == ms
+    assert 0.9 * ms < plan.report["measured_ms"] <= ms
+    assert plan.predicted_ms <= plan.budget_ms
+
+    also = [(own, halp_fx.Budget(latency_ms=ms))]
+    plan = halp_fx.plan_of(halp_fx.compile(model, 0.95, X, latency="analytic", also=also))
+    (other,) = plan.report["also"]
+    assert other["met"]
+    assert 0.9 * ms < other["measured_ms"] <= ms
+
+
+def test_the_least_that_can_be_reached_is_told_in_times_of_today(model: nn.Module) -> None:
+    own = _begun_on_a_slow_day(model, 1.6)
+    least = halp_fx.Budget(latency_ms=1.0)
+    with pytest.raises(InfeasibleError) as plain:
+        halp_fx.compile(model, least, X, latency=own, verify=False)
+    with pytest.raises(InfeasibleError, match="as measured now") as today:
+        halp_fx.compile(model, least, X, latency=own)
+    assert today.value.least == pytest.approx(plain.value.least / 1.6, rel=0.02)
 
 
 def test_what_can_not_be_reached_is_told(model: nn.Module) -> None:

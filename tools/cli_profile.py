@@ -38,6 +38,8 @@ from halp_fx.tools.prune import latencies_of
 
 __all__ = ["add_commands"]
 
+_CALIBRATED_ON = 12  # networks
+
 
 def add_commands(app: typer.Typer) -> None:
     """Add `profile` and `sweep` to the command line."""
@@ -100,13 +102,14 @@ def profile(
         typer.Option("--provider", help="Of ONNX Runtime, as CUDAExecutionProvider."),
     ] = None,
     calibrate: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--calibrate",
             min=0,
-            help="Networks of random widths to measure whole, to fit sums of kernels to; 0: none.",
+            help="Networks of random widths to measure whole, to fit sums of kernels to; 0: none. "
+            f"Default: {_CALIBRATED_ON}.",
         ),
-    ] = 12,
+    ] = None,
     advise: Annotated[
         bool, typer.Option("--advise", help="Say where the time goes and whether pruning can help.")
     ] = False,
@@ -137,11 +140,17 @@ def profile(
         "--cuda-graphs": cuda_graphs,
         "--provider": provider is not None,
         "--advise": advise,
+        "--calibrate": calibrate is not None,
     }
     if results is not None:
         _refuse(
             "--import",
-            {**elsewhere, "--bundle": bundle is not None},
+            {
+                **elsewhere,
+                "--bundle": bundle is not None,
+                "--batch": batch is not None,
+                "--input": shapes is not None,
+            },
             "the results say how they were measured",
         )
         if output is None:
@@ -157,6 +166,12 @@ def profile(
             {**elsewhere, "--output": output is not None},
             "a bundle is measured by ONNX Runtime, with the options of its run.py on the device "
             "(python run.py --help)",
+        )
+    if advise:
+        _refuse(
+            "--advise",
+            {"--calibrate": calibrate is not None},
+            "it is wanted soon, and can be had without knowing the last few percent",
         )
     network, example = load(model, shapes, batch=batch)
     if bundle is not None:
@@ -180,10 +195,9 @@ def profile(
     )
     groups = profiler.groups_of(network, example)
     with progress_bars() as progress:
-        # Advice is wanted soon; it can be had without knowing the last few percent.
-        asked = 0 if advise else calibrate
+        asked = _CALIBRATED_ON if calibrate is None else calibrate
         priced = profiler.profile(
-            groups, source, calibrate_on=asked, coarse=advise, progress=progress
+            groups, source, calibrate_on=0 if advise else asked, coarse=advise, progress=progress
         )
     out().print(profiler.kernel_table(priced))
     if advise:

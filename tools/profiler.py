@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -195,7 +196,8 @@ def write_bundle_of(
     write_bundle(
         jobs, folder, network=network, progress=lambda done, total, _: tell("export", done, total)
     )
-    return len(jobs)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return len(manifest["kernels"])
 
 
 def _step_text(step: int, penalty: float) -> str:

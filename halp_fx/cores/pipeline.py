@@ -16,7 +16,7 @@ from halp_fx.cores.outside import split_ms
 from halp_fx.cores.put_back import put_back
 from halp_fx.cores.whole import scores_of_whole
 from halp_fx.errors import InputError
-from halp_fx.latency import Stored, resolve_backend
+from halp_fx.latency import Backend, OnnxRuntime, Stored, resolve_backend
 from halp_fx.minibatches import device_of
 from halp_fx.passes.saliency import BY_BOTH, BY_LOSS, BY_OUTPUTS
 from halp_fx.types import Plan
@@ -98,11 +98,12 @@ def with_outside(
     "whole_ms" of one call, "outside_ms" of it outside of the core, with "outside_share"; for a
     model with a part `before` the core, as a detector's transform, "pre_processing_ms",
     "post_processing_ms" and "post_processing_share" besides. What is outside is measured in eager
-    PyTorch; the core in the back-end of the plan.
+    PyTorch; the core in the back-end of the plan. Nothing is noted where the back-end measures on
+    another kind of device than the model is on, or in another type.
     """
     device = device_of(pruned)
     backend = resolve_backend(latency, device=device).backend
-    if not backend.measured or isinstance(backend, Stored):
+    if not backend.measured or isinstance(backend, Stored) or not _alike(backend, pruned):
         return
     meta = cast(dict[str, Any], pruned.meta)
     plan: Plan = meta["halp_fx"]
@@ -127,3 +128,14 @@ def with_outside(
             "post_processing_share": after_ms / whole_ms,
         }
     meta["halp_fx"] = replace(plan, report={**plan.report, **facts})
+
+
+def _alike(backend: Backend, model: nn.Module) -> bool:
+    """Whether a back-end measures on the kind of device that a model is on, in its type."""
+    own = next(model.parameters(), None)
+    kind = "cpu" if own is None else own.device.type
+    where = torch.device(getattr(backend, "device", "cpu")).type
+    if isinstance(backend, OnnxRuntime) and backend.provider != "CPUExecutionProvider":
+        where = "elsewhere"
+    dtype = getattr(backend, "dtype", None)
+    return where == kind and (own is None or dtype is None or dtype == own.dtype)

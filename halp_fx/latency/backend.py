@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from ..devices import named_devices, rename_devices
 from ..errors import InputError, LatencyError
 
 __all__ = [
@@ -186,7 +187,9 @@ def settle(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -
         and (dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype)
         for tensor in state
     )
+    fits = fits and all(named == device for named in named_devices(module))
     if fits and not any(part.training for part in module.modules()):
         return module
     settled = copy.deepcopy(module).eval().to(device)
+    rename_devices(settled, device)
     return settled if dtype is None else settled.to(dtype)

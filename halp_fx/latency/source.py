@@ -129,6 +129,12 @@ def resolve_backend(
     if isinstance(latency, (str, os.PathLike)):
         return _from_text(os.fspath(latency), device, isinstance(latency, str), allow_foreign)
     if isinstance(latency, Backend) and not isinstance(latency, type):
+        if not latency.measured and not isinstance(latency, Analytic):
+            raise InputError(
+                f"the back-end {latency.name!r} has measured=False, and costs are computed by "
+                "halp_fx.latency.Analytic alone: pass one of those, or have kernels timed by it "
+                "with measured=True"
+            )
         return _with_default_table(latency)
     raise InputError(f"latency is {latency!r}. {_ACCEPTED}")
 
@@ -170,7 +176,7 @@ def _from_table(table: LatencyTable, device: str | torch.device, allow_foreign: 
     stored = table.fingerprints()
     if not stored and not allow_foreign:
         return Source(Torch(str(device)), table)
-    rebuilt = [_rebuild(text) for text in stored]
+    rebuilt = [_rebuild(text, torch.device(device)) for text in stored]
     live = [backend for backend in rebuilt if not isinstance(backend, Stored)]
     if allow_foreign:
         return _of_other_device(table, [b for b in rebuilt if isinstance(b, Stored)])
@@ -212,18 +218,21 @@ def _of_other_device(table: LatencyTable, foreign: list[Stored]) -> Source:
     )
 
 
-def _rebuild(text: str) -> Backend:
-    """The back-end with this fingerprint, or a `Stored` where it can't be had here."""
+def _rebuild(text: str, device: torch.device) -> Backend:
+    """The back-end with this fingerprint, or a `Stored` where it can't be had here.
+
+    Of several devices of a kind, on `device`.
+    """
     fields = fingerprint_fields(text)
     try:
-        backend = _construct(fields)
+        backend = _construct(fields, device)
         here = "no such back-end here" if backend is None else backend.fingerprint()
     except (HalpError, TypeError, ValueError, KeyError) as e:
         return Stored(text, str(e))
     return backend if backend is not None and here == text else Stored(text, here)
 
 
-def _construct(fields: dict[str, Any]) -> Backend | None:
+def _construct(fields: dict[str, Any], device: torch.device) -> Backend | None:
     kind = fields.get("backend")
     if kind in ("torch", "torch.compile"):
         name = fields.get("dtype")
@@ -231,8 +240,9 @@ def _construct(fields: dict[str, Any]) -> Backend | None:
         if name is not None and not isinstance(dtype, torch.dtype):
             raise InputError(f"dtype {name!r} is not known to this torch")
         made = TorchCompile if kind == "torch.compile" else Torch
+        where = str(fields["device"])
         return made(
-            str(fields["device"]),
+            str(device) if device.type == where else where,
             fields.get("threads"),
             dtype,
             channels_last=fields.get("layout") == "channels_last",

@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from ..errors import HalpError, LatencyError
+from ..random_state import same_random_state
 from .backend import SENTINEL, Backend, BlockTimer, Job, Timing, wall_ms
 from .table import LatencyTable
 
@@ -51,6 +52,9 @@ _WARM_UP_MS = 200.0  # a call longer than this warms up by itself
 _Rounds: TypeAlias = list[tuple[float, float]]  # (ratio to the sentinel, the sentinel's time)
 
 _MAX_CALLS = 1_000_000  # of a block; a kernel that does nothing would never fill one
+
+
+_NO_MEMORY = "Failed to allocate memory"  # how ONNX Runtime says so
 
 
 class _TooLargeError(LatencyError):
@@ -103,6 +107,8 @@ def measure_jobs(
     order.shuffle(todo)
     with _preserved():
         todo = [job for job in todo if not job.optional or _can_run(job, backend)]
+    if not todo:
+        return
     turns = [_Turn(todo[start : start + _BATCH]) for start in range(0, len(todo), _BATCH)]
     done = len(by_key) - len(todo)
 
@@ -421,7 +427,8 @@ def _job_probe(job: Job, backend: Backend) -> _Probe:
         module, inputs = job.build()
         return _probe(backend, module, inputs, _min_sample_ms(backend, None))
     except LatencyError as e:
-        raise type(e)(f"kernel {job.key}: {e}") from e
+        kind = _TooLargeError if _out_of_memory(e) else type(e)
+        raise kind(f"kernel {job.key}: {e}") from e
     except HalpError:  # a missing package or device has nothing to do with the kernel
         raise
     except Exception as e:  # whatever a kernel of the user's network raises
@@ -430,6 +437,15 @@ def _job_probe(job: Job, backend: Backend) -> _Probe:
             f"kernel {job.key} can't be run on the back-end {backend.name!r}: "
             f"{type(e).__name__}: {e}"
         ) from e
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory that a device lacks led to an error."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _network_probe(
@@ -519,22 +535,14 @@ def _no_collection() -> Iterator[None]:
 @contextmanager
 def _preserved() -> Iterator[None]:
     """Whatever happens within, the caller's global settings come back."""
-    python, cpu = random.getstate(), torch.get_rng_state()
-    numpy = np.random.get_state()  # noqa: NPY002  # the global state is what must come back
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
     try:
-        with ExitStack() as plain:
+        with same_random_state(), ExitStack() as plain:
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):  # what is measured has a type of its own
                     plain.enter_context(torch.autocast(device, enabled=False))
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         torch.set_grad_enabled(grad)

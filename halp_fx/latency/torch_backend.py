@@ -205,20 +205,20 @@ def _replay(run: Callable[[], Any], device: torch.device) -> _Replay:
                 for _ in range(3):
                     run()
             torch.cuda.current_stream(device).wait_stream(side)
-            once = _recorded(run, 1)
+            once = _recorded(run, 1, side)
             once()  # the first time it is sent to the device
             took = _cuda_ms(once, 1, device)
             calls = min(math.ceil(_GRAPH_MS / max(took, 1e-3)), _MOST_RECORDED)
-            return once if calls == 1 else _recorded(run, calls)
+            return once if calls == 1 else _recorded(run, calls, side)
     except RuntimeError as e:
         raise LatencyError(
             f"the work can't be recorded as a CUDA graph ({e}): measure with cuda_graphs=False"
         ) from e
 
 
-def _recorded(run: Callable[[], Any], calls: int) -> _Replay:
+def _recorded(run: Callable[[], Any], calls: int, stream: torch.cuda.Stream) -> _Replay:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # the usual one is of the first device
         for _ in range(calls):
             output = run()
     return _Replay(graph, run, output, calls)

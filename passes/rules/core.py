@@ -333,9 +333,10 @@ class LabelRun:
 
     def follow(self, call: OpCall) -> None:
         """Apply the rule of an operator that ran."""
+        if self.silent:
+            return
         self.op = call.name
-        if not self.silent:
-            self.apply(call)
+        self.apply(call)
         if self.observer is not None:
             self.observer(call)
 

@@ -27,7 +27,7 @@ _LARGE = 2**20  # numbers, from which on to draw them takes longer than to measu
 
 _SIZES = {
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
-    "normalized_shape", "num_channels", "num_groups", "num_parameters", "training", "inplace",
+    "normalized_shape", "num_channels", "num_parameters", "training", "inplace",
 }  # fmt: skip
 
 
@@ -78,10 +78,14 @@ def _source(kind: Any) -> str:
 
 def _attributes(module: nn.Module) -> str:
     plain = {
-        k: v
+        k: tuple(v) if isinstance(v, list) else v
         for k, v in sorted(vars(module).items())
-        if not k.startswith("_") and k not in _SIZES and isinstance(v, (int, float, str, tuple))
+        if not k.startswith("_")
+        and k not in _SIZES
+        and isinstance(v, (int, float, str, tuple, list))
     }
+    if isinstance(normalized := getattr(module, "normalized_shape", None), (tuple, list)):
+        plain["normalized_dims"] = len(normalized)
     return ", ".join(f"{k}={v!r}" for k, v in plain.items())
 
 

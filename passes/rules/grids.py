@@ -85,7 +85,15 @@ class Grid:
             sizes = self.sizes
             grid = GridCost(tuple(sizes), np.array(times).reshape([len(s) for s in sizes]))
             least, dense = [int(s[0]) for s in sizes], [int(s[-1]) for s in sizes]
-            cost = SteppedCost(grid, found, least, dense)
+            narrow = {
+                at: ms
+                for at, ms in zip(itertools.product(*sizes), times, strict=True)
+                if any(
+                    n % step.size and n < high
+                    for n, step, high in zip(at, found, dense, strict=True)
+                )
+            }
+            cost = SteppedCost(grid, found, least, dense, narrow)
         else:
             anchors = [tuple(int(axis.size(kept)) for axis in self.axes) for kept in points]
             cost = ScaledCost(self.formula, dict(zip(anchors, times, strict=True)))

@@ -195,6 +195,7 @@ class LabelInterpreter(fx.Interpreter):
         except Exception as error:  # noqa: BLE001  a rule of the caller's own
             kind, text = type(module).__name__, f"{type(error).__name__}: {error}"
             return self.hold(n, f"the rule of {kind} fails: {text}")
+        self.note_whole(n, value)
         return value
 
     def leaf_value(self, n: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -204,7 +205,7 @@ class LabelInterpreter(fx.Interpreter):
                 return module(*args, **kwargs)
         except Exception:  # noqa: BLE001  it may well depend on values
             self.blind.add(n.name)
-            return self.given(n)
+            return fresh(self.traced.values[n.name])
 
     def hold(self, n: fx.Node, reason: str) -> Any:
         """Pin all that goes into a node and give what it gave for the example."""
@@ -216,6 +217,11 @@ class LabelInterpreter(fx.Interpreter):
     def given(self, n: fx.Node) -> Any:
         """What a node gave for the example."""
         value = fresh(self.traced.values[n.name])
+        self.note_whole(n, value)
+        return value
+
+    def note_whole(self, n: fx.Node, value: Any) -> None:
+        """Tell who prices the network of a node that nobody looks into."""
         if self.labels.whole_observer is not None:
             target: Any = self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target
             self.labels.node = n.name
@@ -225,7 +231,6 @@ class LabelInterpreter(fx.Interpreter):
                 else getattr(target, "__name__", str(target))
             )
             self.labels.whole_observer(list(self.tensors_into(n)), list(tensors_in(value)))
-        return value
 
     def tensors_into(self, n: fx.Node) -> Iterator[torch.Tensor]:
         """Argument tensors of a node, and the parameters and buffers of its module."""
