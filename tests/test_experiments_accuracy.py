@@ -19,11 +19,12 @@ from halp_fx.passes.groups import find_groups
 from halp_fx.passes.trace import trace
 from halp_fx.tools.experiments import accuracy_methods, accuracy_tune, cifar, imagenet, peers
 from halp_fx.tools.experiments import accuracy_scores as scores
-from halp_fx.tools.experiments.accuracy_data import Batches, correct, data_folder
+from halp_fx.tools.experiments.accuracy_data import Batches, correct
 from halp_fx.tools.experiments.accuracy_methods import METHODS, SETS, candidate_key, chosen_methods
 from halp_fx.tools.experiments.accuracy_records import Journal
 from halp_fx.tools.experiments.accuracy_run import Plan, run
 from halp_fx.tools.experiments.accuracy_task import Settings, Task, Variant, searched, to_latency
+from halp_fx.tools.experiments.data import data_folder
 from halp_fx.tools.experiments.peers import Way, torch_pruned
 from halp_fx.training import Distillation, fine_tune
 from tests.accuracy_task import images, needs_torch_pruning, tiny_task

@@ -175,7 +175,7 @@ def test_help_has_examples(name: str) -> None:
 
 def test_missing_package_is_told_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    assert "run 'pip install pycocotools'" in refused("detection", "-o", "never")
+    assert "run pip install pycocotools" in refused("detection", "-o", "never")
 
 
 def test_the_steadiest_of_several_measurements_counts(
@@ -191,7 +191,7 @@ def test_the_steadiest_of_several_measurements_counts(
     task = Segmentation(data, batch=4)
     run = comparison._Run(
         task, task.network(), tmp_path, "joint", 2.0, 0, Settings(Recipe(0, 1e-3)),
-        Source(OnnxRuntime(), None), lambda *_: None,
+        {}, Source(OnnxRuntime(), None), lambda *_: None,
     )  # fmt: skip
     assert run._measured(task.network()) == (6.0, 3.0, 0.5)
     assert next(measured, None) is None
@@ -245,7 +245,7 @@ def test_each_rounding_is_brought_to_the_latency(
     task = Segmentation(data, batch=4)
     run = comparison._Run(
         task, task.network(), tmp_path, "uniform", 2.0, 0, Settings(Recipe(0, 1e-3)),
-        Source(OnnxRuntime(), None), lambda *_: None,
+        {}, Source(OnnxRuntime(), None), lambda *_: None,
     )  # fmt: skip
 
     def compiled(_: Any, options: Any, share: float) -> nn.Module:

@@ -94,7 +94,7 @@ def test_mean_precision_refuses_what_it_can_not_judge() -> None:
 
 def test_missing_pycocotools_is_told_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    with pytest.raises(DependencyError, match="run 'pip install pycocotools'"):
+    with pytest.raises(DependencyError, match="run pip install pycocotools"):
         require_coco()
 
 
@@ -158,7 +158,7 @@ def test_data_that_are_missing_are_named(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HALP_FX_DATA", raising=False)
-    with pytest.raises(InputError, match="name their folder with --data DIR or HALP_FX_DATA"):
+    with pytest.raises(InputError, match="no data: pass --data DIR, or set HALP_FX_DATA"):
         Detection()
     with pytest.raises(InputError, match="has no folder 'camvid'"):
         Segmentation(tmp_path)

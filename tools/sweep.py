@@ -12,9 +12,10 @@ from rich.table import Table
 from torch import fx, nn
 
 import halp_fx
-from halp_fx.errors import DependencyError, HalpError, InputError
+from halp_fx.errors import HalpError, InputError
 from halp_fx.passes.select import check_solver
 from halp_fx.pipeline import Progress, prepare
+from halp_fx.tools.charts import matplotlib_figure
 from halp_fx.tools.prune import budget_of, further_latencies
 from halp_fx.types import Plan
 
@@ -181,13 +182,7 @@ def write_points(points: Sequence[Point], directory: Path, title: str) -> list[P
 
 
 def _draw(points: Sequence[Point], paths: Sequence[Path], title: str) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise DependencyError(
-            'charts need the package matplotlib: run pip install "halp_fx[plot]"'
-        ) from e
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = matplotlib_figure()(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
     done = [p for p in points if p.value_kept is not None and p.predicted_ms is not None]
     measured = [p for p in done if p.measured_ms is not None]

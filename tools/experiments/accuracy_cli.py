@@ -14,19 +14,16 @@ from rich.markup import escape
 from halp_fx.errors import InputError
 from halp_fx.latency import Backend, LatencyTable, OnnxRuntime, Source
 from halp_fx.passes.saliency import DEFAULT
+from halp_fx.tools.charts import matplotlib_figure
 from halp_fx.tools.console import DebugOption, err, out
 from halp_fx.tools.experiments import cifar, imagenet
-from halp_fx.tools.experiments.accuracy_data import Images, data_folder, pillow
+from halp_fx.tools.experiments.accuracy_data import Images
 from halp_fx.tools.experiments.accuracy_methods import SETS, chosen_methods
 from halp_fx.tools.experiments.accuracy_records import Journal, Record
-from halp_fx.tools.experiments.accuracy_report import (
-    compared,
-    matplotlib_figure,
-    page,
-    write_report,
-)
+from halp_fx.tools.experiments.accuracy_report import compared, page, write_report
 from halp_fx.tools.experiments.accuracy_run import Plan, made, require, run
 from halp_fx.tools.experiments.accuracy_task import Settings, Task
+from halp_fx.tools.experiments.data import data_folder, library
 
 __all__ = ["add_commands", "experiment"]
 
@@ -272,7 +269,8 @@ def _cifar(
 
     experiment(
         "CIFAR-10", load, plan, settings, output, backend=OnnxRuntime(threads=threads),
-        needs=lambda name: pillow(), latency_batch=latency_batch, device=device, again=again,
+        needs=lambda name: library("PIL.Image", "pillow"), latency_batch=latency_batch,
+        device=device, again=again,
     )  # fmt: skip
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,27 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from halp_fx.errors import DependencyError, InputError
+from halp_fx.errors import InputError
 from halp_fx.modes import in_eval
 
-__all__ = ["Batches", "Images", "correct", "data_folder", "existing", "pillow"]
-
-_VARIABLE = "HALP_FX_DATA"
-
-
-def data_folder(given: Path | None) -> Path:
-    """The folder with images and weights: as given, or what `HALP_FX_DATA` names.
-
-    Raises:
-        InputError: neither is there, or it is no folder.
-    """
-    named = os.environ.get(_VARIABLE)
-    if given is None and not named:
-        raise InputError(f"no data: pass --data DIR, or set {_VARIABLE} to the folder")
-    folder = given if given is not None else Path(str(named))
-    if not folder.is_dir():
-        raise InputError(f"the data folder {str(folder)!r} is no folder: pass another with --data")
-    return folder
+__all__ = ["Batches", "Images", "correct", "existing"]
 
 
 def existing(folder: Path, name: str) -> Path:
@@ -46,20 +27,6 @@ def existing(folder: Path, name: str) -> Path:
     if not path.is_file():
         raise InputError(f"the data folder {str(folder)!r} has no {name!r}")
     return path
-
-
-def pillow() -> Any:
-    """The module `PIL.Image`.
-
-    Raises:
-        DependencyError: Pillow is not installed.
-    """
-    try:
-        return importlib.import_module("PIL.Image")
-    except ModuleNotFoundError as error:
-        raise DependencyError(
-            "images are read with Pillow, which is not installed: run pip install pillow"
-        ) from error
 
 
 @dataclass(frozen=True)

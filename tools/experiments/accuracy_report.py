@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from halp_fx.errors import DependencyError
+from halp_fx.tools.charts import matplotlib_figure
 from halp_fx.tools.experiments.accuracy_records import Record, unpacked
 from halp_fx.tools.experiments.accuracy_statistics import Paired, paired
 
-__all__ = ["Compared", "compared", "matplotlib_figure", "page", "write_report"]
+__all__ = ["Compared", "compared", "page", "write_report"]
 
 _BITS = ("right_recalibrated", "right_tuned")
 _STAGES = ("recalibrated", "tuned")
@@ -163,21 +163,6 @@ def _csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> 
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def matplotlib_figure() -> Any:
-    """The class `matplotlib.figure.Figure`.
-
-    Raises:
-        DependencyError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise DependencyError(
-            'charts need the package matplotlib: run pip install "halp_fx[plot]"'
-        ) from e
-    return Figure
 
 
 def _draw(records: Sequence[Record], paths: Sequence[Path], title: str) -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from halp_fx.errors import InputError
-from halp_fx.tools.experiments.accuracy_data import Images, existing, pillow
+from halp_fx.tools.experiments.accuracy_data import Images, existing
+from halp_fx.tools.experiments.data import library
 
 __all__ = ["NETWORKS", "VGG16", "ResNet56", "cifar_images", "cifar_network"]
 
@@ -138,7 +139,7 @@ def cifar_images(folder: Path, part: str) -> Images:
         InputError: there are none, or a file is no mosaic of 1,000 images.
         DependencyError: Pillow is not installed.
     """
-    reader = pillow()
+    reader = library("PIL.Image", "pillow")
     labels = torch.from_numpy(np.load(existing(folder, f"cifar10/{part}_labels.npy")))
     mosaics = sorted((folder / "cifar10").glob(f"{part}_[0-9][0-9].webp"))
     if not mosaics:

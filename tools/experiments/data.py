@@ -34,23 +34,27 @@ _VARIABLE = "HALP_FX_DATA"
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 
 
-def data_folder(given: Path | None, part: str) -> Path:
-    """The folder `part` of the data.
+def data_folder(given: Path | None, part: str | None = None) -> Path:
+    """The folder of all data, or one in it.
 
     Args:
         given: the folder of all data; None: the environment variable HALP_FX_DATA names it.
-        part: "detection" or "camvid".
+        part: "detection" or "camvid"; None: all.
 
     Raises:
-        InputError: no folder is named, or it has no such part.
+        InputError: no folder is named, there is none, or it has no such part.
     """
     named = given if given is not None else os.environ.get(_VARIABLE)
     if not named:
-        raise InputError(f"there are no data: name their folder with --data DIR or {_VARIABLE}")
-    folder = Path(named) / part
+        raise InputError(f"no data: pass --data DIR, or set {_VARIABLE} to the folder")
+    folder = Path(named)
     if not folder.is_dir():
-        raise InputError(f"{named} has no folder {part!r}: name another with --data or {_VARIABLE}")
-    return folder
+        raise InputError(f"the data folder {str(folder)!r} is no folder: pass another with --data")
+    if part is not None and not (folder / part).is_dir():
+        raise InputError(
+            f"the data folder {str(folder)!r} has no folder {part!r}: pass another with --data"
+        )
+    return folder if part is None else folder / part
 
 
 def open_arrays(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
@@ -78,7 +82,7 @@ def library(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise DependencyError(
-            f"this experiment needs {package}; run 'pip install {package}'"
+            f"the experiment needs {package}, which is not installed: run pip install {package}"
         ) from error
 
 

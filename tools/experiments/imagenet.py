@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from halp_fx.errors import DependencyError, InputError
-from halp_fx.tools.experiments.accuracy_data import Images, existing, pillow
+from halp_fx.tools.experiments.accuracy_data import Images, existing
+from halp_fx.tools.experiments.data import library
 
 __all__ = ["CLASSES", "NETWORKS", "imagenet_images", "imagenet_network", "require"]
 
@@ -80,7 +81,7 @@ def require(name: str) -> None:
         DependencyError: a package is missing.
     """
     _known(name)
-    pillow()
+    library("PIL.Image", "pillow")
     _packages(name)
 
 
@@ -105,7 +106,7 @@ def imagenet_images(folder: Path, part: str, network: str, pixels: int = 224) ->
         InputError: the file is missing or has a class that is unknown.
         DependencyError: Pillow is not installed.
     """
-    reader = pillow()
+    reader = library("PIL.Image", "pillow")
     mean, std = _known(network)[2]
     with np.load(existing(folder, f"imagenette_{part}.npz")) as file:
         blob, offsets, names = file["blob"], file["off"], file["wnid"].tolist()

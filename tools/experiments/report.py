@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from halp_fx.errors import DependencyError
+from halp_fx.tools.charts import matplotlib_figure
 from halp_fx.tools.experiments.comparison import Record
 
 __all__ = ["results_table", "write_results"]
@@ -115,13 +115,7 @@ def _by_method(records: Sequence[Record]) -> list[list[Record]]:
 
 
 def _draw(records: Sequence[Record], metric: str, paths: Sequence[Path], title: str) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise DependencyError(
-            'charts need the package matplotlib: run pip install "halp_fx[plot]"'
-        ) from e
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = matplotlib_figure()(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
     methods = list(dict.fromkeys(record.method for record in records if record.gap is not None))
     for i, method in enumerate(methods):
