@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import hashlib
 import importlib.util
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -127,8 +129,10 @@ def test_a_bundle_holds_each_kernel_once(written: Written) -> None:
     files = {entry["file"] for entry in manifest["kernels"]}
     found = {p.relative_to(written.folder).as_posix() for p in written.folder.rglob("*")}
     weights = manifest["weights"]["file"]
-    assert found == files | {"kernels", "manifest.json", "run.py", "sentinel.onnx", weights}
-    for entry in [manifest["sentinel"], manifest["weights"], *manifest["kernels"]]:
+    sentinels = {"sentinel.onnx", "gpu_sentinel.onnx"}
+    assert found == files | sentinels | {"kernels", "manifest.json", "run.py", weights}
+    references = [manifest["sentinel"], manifest["gpu_sentinel"]]
+    for entry in [*references, manifest["weights"], *manifest["kernels"]]:
         data = (written.folder / entry["file"]).read_bytes()
         assert entry["sha256"] == hashlib.sha256(data).hexdigest()
         if entry is manifest["weights"]:
@@ -137,6 +141,22 @@ def test_a_bundle_holds_each_kernel_once(written: Written) -> None:
         model = onnx.load_model_from_string(data)
         onnx.checker.check_model(str(written.folder / entry["file"]))
         assert entry["opset"] == model.opset_import[0].version
+
+
+def test_a_gpu_has_a_reference_kernel_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_bundle([Job("conv", conv)], tmp_path / "bundle")
+    meter = SimpleNamespace(fingerprint=lambda: {"backend": "onnxruntime"})
+    taken: list[str] = []
+    monkeypatch.setattr(bundle_runner, "_Meter", lambda folder, options: meter)
+    monkeypatch.setattr(bundle_runner, "_measure", lambda todo, own, *_: taken.append(own["file"]))
+    for provider in ("CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"):
+        options = argparse.Namespace(
+            provider=provider, output=tmp_path / f"{provider}.jsonl", samples=1, min_sample_ms=1.0
+        )
+        bundle_runner._measure_bundle(folder, options)
+    assert taken == ["sentinel.onnx", "gpu_sentinel.onnx", "gpu_sentinel.onnx"]
 
 
 def test_the_files_compute_what_the_kernels_do(written: Written) -> None:

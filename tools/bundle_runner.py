@@ -133,7 +133,8 @@ def _measure_bundle(folder: Path, options: argparse.Namespace) -> None:
     meter = _Meter(folder, options)
     manifest, name = _manifest(folder)
     shared = [] if manifest.get("weights") is None else [manifest["weights"]]
-    for entry in [manifest["sentinel"], *shared, *manifest["kernels"]]:
+    sentinel = manifest["gpu_sentinel" if options.provider in _ON_CUDA else "sentinel"]
+    for entry in [sentinel, *shared, *manifest["kernels"]]:
         _contents(folder, entry)  # a damaged copy is better told now than after hours
     header = {
         "format": RESULTS_FORMAT,
@@ -148,7 +149,7 @@ def _measure_bundle(folder: Path, options: argparse.Namespace) -> None:
         todo = [entry for entry in manifest["kernels"] if entry["key"] not in results.medians]
         if todo:
             _say(f"{len(keys)} kernels, {len(todo)} to measure")
-            _measure(todo, manifest["sentinel"], meter, results)
+            _measure(todo, sentinel, meter, results)
         network = manifest["network"]
         if network is not None:
             _say(f"the whole network takes {results.medians[network]:.3f} ms")

@@ -7,7 +7,8 @@ that device.
 
     folder/manifest.json    what is in the folder, with checksums
     folder/run.py           the runner, which stands alone
-    folder/sentinel.onnx    a reference kernel that shows whether the device is steady
+    folder/sentinel.onnx    a reference kernel that shows whether the device is steady,
+    folder/gpu_sentinel.onnx    and one that is more than its launch on a GPU
     folder/kernels/*.onnx   the kernels
 """
 
@@ -31,7 +32,7 @@ from torch import nn
 from .._version import __version__
 from ..errors import HalpError, InputError, LatencyError
 from ..random_state import same_random_state
-from .backend import Job, iter_tensors
+from .backend import GPU_SENTINEL, SENTINEL, Job, iter_tensors
 from .bundle_results import MANIFEST_FORMAT, VERSION, import_results
 from .onnxruntime_backend import onnx_bytes
 
@@ -122,7 +123,8 @@ def write_bundle(
             "complete": True,
             "network": None if whole is None else whole["key"],
             "weights": weights,
-            "sentinel": _write_sentinel(target),
+            "sentinel": _write_sentinel(target, "sentinel.onnx", SENTINEL),
+            "gpu_sentinel": _write_sentinel(target, "gpu_sentinel.onnx", GPU_SENTINEL),
             "kernels": entries,
         }
         runner = pkgutil.get_data("halp_fx.tools", "bundle_runner.py")
@@ -213,12 +215,12 @@ def _write_network(folder: Path, module: nn.Module, inputs: tuple[Any, ...]) -> 
     return entry
 
 
-def _write_sentinel(folder: Path) -> dict[str, Any]:
-    convolution = nn.Conv2d(16, 16, 3, padding=1)
+def _write_sentinel(folder: Path, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    convolution = nn.Conv2d(shape[1], shape[1], 3, padding=1)
     for parameter in convolution.parameters():
         nn.init.constant_(parameter, 0.01)  # the same file each time
-    data = onnx_bytes(convolution, (torch.zeros(1, 16, 28, 28),))
-    path = folder / "sentinel.onnx"
+    data = onnx_bytes(convolution, (torch.zeros(shape),))
+    path = folder / name
     _write(path, data)
     return _entry(folder, path, data)
 
