@@ -101,7 +101,8 @@ def score(
     Minibatches whose scores are not finite are left out, group by group.
 
     Without data: the L2 norm of the filters, scaled by the batch norm that follows, relative to
-    the mean of the group. It is the weaker score.
+    the mean of the layer, and summed over the layers that give the channel. It is the weaker
+    score.
 
     Args:
         data: minibatches `(inputs, target)`, or inputs alone where there is no loss; inputs a
@@ -427,27 +428,31 @@ def _sum_of_products(tensor: torch.Tensor, dim: int, index: Any) -> FloatArray:
 
 
 def _magnitude(groups: ChannelGroups) -> list[FloatArray]:
+    """Shares of what each layer gives, summed over the layers that give a group's channels.
+
+    A channel of a residual stream, which many layers write, so counts as often: what the stream
+    loses is lost to all of them.
+    """
     tensors = dict(named_tensors(groups.traced.module))
     scale = _folded_scales(groups.traced.module)
     scores: list[FloatArray] = []
     for group in groups.groups:
         weights = [m for m in group.members if m.dim == 0 and tensors[m.name].ndim > 1]
-        members = weights or list(group.members)
         total = np.zeros(group.units)
-        for member in members:
+        for member in weights or group.members:
             tensor = tensors[member.name].detach()
             if not tensor.is_floating_point():
                 continue
             rows = tensor.movedim(member.dim, 0).reshape(tensor.shape[member.dim], -1)
             wide = rows if rows.dtype == torch.float64 else rows.float()
-            norm = torch.linalg.vector_norm(wide, dim=1).double().cpu().numpy() ** 2
+            squares = torch.linalg.vector_norm(wide, dim=1).double().cpu().numpy() ** 2
             factor = scale.get(member.name)
-            if factor is not None and member.dim == 0 and factor.shape == norm.shape:
-                norm = norm * factor**2
-            total += norm[member.index].sum(axis=1)
-        total = np.sqrt(total)
-        mean = total.mean()
-        scores.append(total / mean if np.isfinite(mean) and mean > 0 else total)
+            if factor is not None and member.dim == 0 and factor.shape == squares.shape:
+                squares = squares * factor**2
+            norms = np.sqrt(squares[member.index].sum(axis=1))
+            mean = norms.mean()
+            total += norms / mean if np.isfinite(mean) and mean > 0 else norms
+        scores.append(total)
     return scores
 
 

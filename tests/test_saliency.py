@@ -334,6 +334,30 @@ def test_magnitude_by_hand() -> None:
     assert (found.method, found.data_free) == ("magnitude", True)
 
 
+def test_magnitude_counts_each_layer_that_writes_a_stream() -> None:
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3, padding=1)
+            self.inner, self.outer = nn.Conv2d(8, 12, 1), nn.Conv2d(12, 8, 1)
+            self.head = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.stem(x)
+            return self.head(x + self.outer(torch.relu(self.inner(x))))
+
+    torch.manual_seed(0)
+    model = Stream().eval()
+    with torch.no_grad():
+        model.outer.weight.mul_(1e-3)  # how large a layer is in all says nothing
+    found = by_name(groups_of(model), score(groups_of(model)))
+    assert found["inner"].mean() == pytest.approx(1)
+    norms = [layer.weight.detach().flatten(1).norm(dim=1) for layer in (model.stem, model.outer)]
+    expected = sum(own / own.mean() for own in norms)
+    (stream,) = (own for name, own in found.items() if name != "inner")
+    np.testing.assert_allclose(stream, expected, rtol=1e-5)
+
+
 def test_magnitude_is_taken_when_asked_even_with_data() -> None:
     model, data = make(), batches(1)
     groups = find_groups(trace(model, data[0][0]))
