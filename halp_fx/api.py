@@ -245,7 +245,8 @@ def reconstruct(
     the dense network has there, by least squares (as in He, Zhang, Sun: Channel Pruning for
     Accelerating Very Deep Neural Networks, 2017). A residual branch is fitted to what the dense
     stream is, less the pruned stream before it, so it makes up for blocks that were dropped. Batch
-    norms then give each channel the mean and the variance that it had. No targets are needed.
+    norms then give each channel the mean and the variance that it had. Behind a dropout, weights
+    keep to those that serve under it too. No targets are needed.
 
     What stays as it is: layers of which nothing was lost; those that run more than once, share
     their weights, compute them or have hooks; transposed convolutions; layers with more than 4,608

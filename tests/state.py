@@ -49,7 +49,7 @@ def cut_state_dict(state: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]
 def check_state(model: nn.Module, pruned: nn.Module, kept: Kept) -> None:
     """The pruned state is the dense one cut by `kept`, with the same flags and sharing.
 
-    Keys: each pruned key is a dense key or starts with "_constants."; each dense key with no
+    Keys: each pruned key is a dense key or one of "_constants." of a graph; each dense key with no
     empty dim is there (a scalar may go with the rest of its module).
     """
     state, pruned_state = model.state_dict(), pruned.state_dict()
@@ -70,7 +70,7 @@ def check_state(model: nn.Module, pruned: nn.Module, kept: Kept) -> None:
     resolved = kept_of(model, kept)
     expected = cut_state_dict(state, resolved)
     for name in pruned_state:
-        assert name in state or name.startswith("_constants."), f"unknown key {name!r}"
+        assert name in state or _is_constant(name), f"unknown key {name!r}"
     for name, tensor in expected.items():
         if name not in pruned_state and not tensor.ndim:
             prefix = name.rpartition(".")[0]
@@ -88,12 +88,17 @@ def check_state(model: nn.Module, pruned: nn.Module, kept: Kept) -> None:
     _check_flags(model, pruned)
 
 
+def _is_constant(name: str) -> bool:
+    """Whether it is what a dropped branch left behind, in a graph or one within a model."""
+    return "_constants" in name.split(".")
+
+
 def _check_flags(model: nn.Module, pruned: nn.Module) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     survivors = dict(pruned.named_parameters(remove_duplicate=False))
     for name, parameter in survivors.items():
         if name not in parameters:
-            assert name.startswith("_constants."), f"{name}: parameter made out of a buffer"
+            assert _is_constant(name), f"{name}: parameter made out of a buffer"
             continue
         wanted = parameters[name].requires_grad
         assert parameter.requires_grad == wanted, f"{name}: requires_grad is not {wanted}"

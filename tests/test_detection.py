@@ -74,10 +74,13 @@ def test_detects_what_the_masked_dense_detector_detects(name: str) -> None:
     plan = halp_fx.plan_of(pruned)
     assert plan.predicted_ms <= plan.budget_ms < plan.dense_ms
     check_state(model, pruned, plan.kept)
+    # What dropped branches leave behind has the precision of the network.
+    dropped = any("_constants" in key for key in pruned.state_dict())
+    tolerance = 1e-6 if dropped else 1e-8
     given = images()
-    assert_same_detections(model, pruned, given, targets(given, name))
+    assert_same_detections(model, pruned, given, targets(given, name), tolerance=tolerance)
     others = images((80, 60), seed=1)  # another number of images, of another size
-    assert_same_detections(model, pruned, others)
+    assert_same_detections(model, pruned, others, tolerance=tolerance)
 
 
 def test_channels_of_the_pyramid_go_through_region_pooling() -> None:
@@ -109,7 +112,8 @@ def test_is_the_same_detector_and_leaves_the_callers_alone() -> None:
     model = small_ssd()
     model.backbone.eval()
     with snapshot(model):
-        pruned = prune(model)
+        features = ["backbone.stages.2.0.conv2", "backbone.stages.2.0.downsample"]
+        pruned = prune(model, 0.97, include=features)
     assert type(pruned) is SSD
     assert is_detector(pruned)
     assert isinstance(pruned.head, type(model.head))

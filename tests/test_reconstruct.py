@@ -20,6 +20,8 @@ from halp_fx.errors import InputError, NothingToPruneError
 from halp_fx.passes.trace import trace
 from halp_fx.reconstruction import checking
 from halp_fx.reconstruction import reconstruct as module_under_test
+from halp_fx.reconstruction.dropout import Dropout
+from halp_fx.reconstruction.fit import Moments, solve
 from halp_fx.reconstruction.layers import layers_of, rows_of
 from halp_fx.report import render_markdown
 from tests import oracle
@@ -669,3 +671,55 @@ def test_a_small_last_minibatch_does_no_harm() -> None:
     assert fits
     held_out = torch.cat(data)
     assert far(tailed, model, held_out) < 1.2 * far(whole, model, held_out)
+
+
+@pytest.mark.parametrize("kind", ["module", "function", "flattened"])
+def test_fits_behind_a_dropout_hold_under_it(kind: str) -> None:
+    """Weights that cancel each other fit as well, but not where half of the inputs are dropped."""
+
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 24), nn.Linear(24, 16)
+            self.last, self.dropout = nn.Linear(16, 5), nn.Dropout(0.5)
+            self.flat = nn.Flatten()
+
+        def forward(self, x: Tensor) -> Any:
+            x = F.relu(self.second(F.relu(self.first(x))))
+            if kind == "function":
+                return self.last(F.dropout(x, 0.5, self.training))
+            x = self.dropout(x)
+            return self.last(self.flat(x) if kind == "flattened" else x)
+
+    model = Dropped().eval()
+    data = [torch.randn(256, 6) for _ in range(8)]
+    pruned = planned(model, data[0][:1], {"second": range(8)})
+    before = copy.deepcopy(pruned)
+    assert "last" in halp_fx.reconstruct(pruned, model, data, ridge=1e-7)
+    x = torch.randn(4096, 6)
+
+    def off(network: nn.Module, *, training: bool) -> float:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return float((network.train(training)(x) - model.eval()(x)).square().mean())
+
+    assert off(pruned, training=False) < off(before, training=False)
+    assert off(pruned, training=True) < 1.1 * off(before, training=True)
+
+
+def test_whole_channels_are_dropped_together() -> None:
+    moments = Moments()
+    x = torch.randn(500, 1, 8, dtype=torch.float64)
+    moments.add(x, x @ torch.randn(8, 3, dtype=torch.float64))
+    weight = torch.randn(1, 3, 8, dtype=torch.float64)
+    each, whole = (
+        solve(moments, weight, centred=False, ridge=1e-9, dropout=Dropout(1.0, c), window=4)
+        for c in (False, True)
+    )
+    assert each is not None and whole is not None
+    second, xy, _ = moments.about(False)
+    for found, blocks in ((each, torch.eye(8)), (whole, torch.eye(2).repeat_interleave(4, 0))):
+        noise = second * (blocks @ blocks.mT)
+        # Where the derivative of both terms is 0.
+        slope = found @ second - xy.mT + (found - weight) @ noise
+        torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-6)

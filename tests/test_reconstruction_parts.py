@@ -166,7 +166,7 @@ def test_fits_that_fail_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_under_test, "_RIDGES", (1.0,))
     halp_fx.reconstruct(expected, model, data)
 
-    def failing(moments: Moments, weight: Tensor, *, centred: bool, ridge: float) -> Any:
+    def failing(moments: Moments, weight: Tensor, *, centred: bool, ridge: float, **_: Any) -> Any:
         if ridge > 0.05:
             return None
         if ridge > 5e-3:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from halp_fx.reconstruction.dropout import Dropout
+
 __all__ = ["Fit", "Moments", "error", "solve"]
 
 
@@ -79,14 +81,27 @@ class Moments:
 
 
 def solve(
-    moments: Moments, weight: torch.Tensor, *, centred: bool, ridge: float
+    moments: Moments,
+    weight: torch.Tensor,
+    *,
+    centred: bool,
+    ridge: float,
+    dropout: Dropout | None = None,
+    window: int = 1,
 ) -> torch.Tensor | None:
     """`argmin E|y - W x|**2 + ridge * s * |W - weight|**2`, s the mean square of an input.
+
+    Behind a dropout also `+ E|(W - weight) n|**2`, n its noise in x: what the layer computes under
+    dropout is to move no further than what it computes without (Srivastava et al., Dropout: A
+    Simple Way to Prevent Neural Networks from Overfitting, 2014, section 9.1, have the same for
+    weights from 0). Weights that cancel each other are a fit too, but of no use in training.
 
     Args:
         weight: (groups, o, d).
         centred: about the means: a bias takes up the difference.
         ridge: above 0; what no data say anything of stays as it is.
+        dropout: in front of the layer.
+        window: how many neighbours in x are of one channel.
 
     Returns:
         (groups, o, d), for groups whose inputs are all 0 the weight as it was; None where there
@@ -95,11 +110,15 @@ def solve(
     xx, xy, _ = moments.about(centred)
     size = xx.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     damp = ridge * torch.where(size > 0, size, torch.ones_like(size))
-    system = xx + damp * torch.eye(xx.shape[1], dtype=xx.dtype)
-    factor, failed = torch.linalg.cholesky_ex(system)
+    damp = damp * torch.eye(xx.shape[1], dtype=xx.dtype)
+    if dropout is not None:
+        together = torch.arange(xx.shape[1]) // (window if dropout.channels else 1)
+        noise = moments.about(False)[0] * (together[:, None] == together)
+        damp = damp + dropout.variance * noise
+    factor, failed = torch.linalg.cholesky_ex(xx + damp)
     if bool(failed.any()):
         return None
-    return torch.cholesky_solve(xy + damp * weight.mT, factor).mT
+    return torch.cholesky_solve(xy + damp @ weight.mT, factor).mT
 
 
 def error(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from halp_fx.reconstruction.dropout import Dropout, dropout_before
 from halp_fx.reconstruction.maps import LinearMap, map_at
 from halp_fx.reconstruction.norms import Norm, Tensors
 from halp_fx.reconstruction.sums import Sum, sum_after
@@ -32,6 +33,7 @@ class Layer:
     kept: Index  # of the output channels
     norm: Norm | None = None  # that reads nothing but the output of this layer
     sum: Sum | None = None  # that the layer ends in, maybe through the norm
+    dropout: Dropout | None = None  # whose outputs it reads
 
     @property
     def channel_dim(self) -> int:
@@ -60,7 +62,8 @@ def layers_of(
             continue
         norm, end = sum_after(node, tensors, twins)
         name = own.name.removesuffix(".weight")
-        found.append(Layer(name, own, node, twin, kept[own.name][0], norm, end))
+        dropout = dropout_before(node, network)
+        found.append(Layer(name, own, node, twin, kept[own.name][0], norm, end, dropout))
     return found
 
 

@@ -242,7 +242,9 @@ class _Reconstruction:
         ridges = [self.ridge * factor for factor in _RIDGES]
         x, y = used.means
         tried = [(present, offset)]  # and then from the nearest to it to the farthest
-        for new in (present, *(solve(used, present, centred=free, ridge=r) for r in ridges)):
+        behind: Any = {"dropout": layer.dropout, "window": math.prod(own.kernel)}
+        fits = (solve(used, present, centred=free, ridge=ridge, **behind) for ridge in ridges)
+        for new in (present, *fits):
             if new is not None:
                 tried.append((new, y - (new @ x[..., None])[..., 0] if free else offset))
         found = [error(checked, *new, centred=aim.shifted) for new in tried]
