@@ -32,18 +32,23 @@ def plan_by_hand(groups: ChannelGroups, units: Sequence[Any]) -> Plan:
     )
 
 
-def compile_within(model: nn.Module, budget: float, inputs: Sequence[Any]) -> fx.GraphModule:
+def compile_within(
+    model: nn.Module, budget: float, inputs: Sequence[Any], **options: Any
+) -> fx.GraphModule:
     """`halp_fx.compile` with the analytic latency; a budget below the least becomes the least.
 
     Args:
         model: the dense network.
         budget: share of the dense latency.
         inputs: positional inputs of `model`.
+        options: further ones of `halp_fx.compile`.
     """
     import halp_fx
 
     try:
-        return halp_fx.compile(model, budget, tuple(inputs), latency="analytic")
+        return halp_fx.compile(model, budget, tuple(inputs), latency="analytic", **options)
     except InfeasibleError as error:
         least_ms = error.least
-    return halp_fx.compile(model, f"{least_ms * 1.02:.12f}ms", tuple(inputs), latency="analytic")
+    return halp_fx.compile(
+        model, f"{least_ms * 1.02:.12f}ms", tuple(inputs), latency="analytic", **options
+    )

@@ -165,9 +165,9 @@ def test_several_limits(stages: Stages, shares: dict[str, float]) -> None:
     assert real_macs(plan) <= limits.get("macs", np.inf)
     assert plan.value <= free.value / (1 - free.gap)
     assert plan.gap <= 0.03
-    # At least one limit is nearly used up.
+    # At least one limit is nearly used up, as far as multiples of widths allow.
     used = [plan.report[name]["pruned"] / limit for name, limit in limits.items()]
-    assert max([*used, plan.predicted_ms / plan.budget_ms]) > 0.95
+    assert max([*used, plan.predicted_ms / plan.budget_ms]) > 0.9
 
 
 def test_limits_that_cannot_be_met(stages: Stages) -> None:
