@@ -371,7 +371,7 @@ def _measured(
 
     if coarse is None:
         coarse = bool(getattr(backend, "coarse", False))
-        if stored and not coarse:  # measured where a measurement is dear, or to be soon advised
+        if stored and not coarse:  # measured where that is dear, or for advice
             fine, few = ([Grid(groups, part, coarse=c) for part in parts] for c in (False, True))
             coarse = not _are_known(fine, time_of) and _are_known(few, time_of)
     grids = [Grid(groups, part, coarse=coarse) for part in parts]

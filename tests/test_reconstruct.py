@@ -20,8 +20,6 @@ from halp_fx.errors import InputError, NothingToPruneError
 from halp_fx.passes.trace import trace
 from halp_fx.reconstruction import checking
 from halp_fx.reconstruction import reconstruct as module_under_test
-from halp_fx.reconstruction.dropout import Dropout
-from halp_fx.reconstruction.fit import Moments, solve
 from halp_fx.reconstruction.layers import layers_of, rows_of
 from halp_fx.report import render_markdown
 from tests import oracle
@@ -705,21 +703,3 @@ def test_fits_behind_a_dropout_hold_under_it(kind: str) -> None:
 
     assert off(pruned, training=False) < off(before, training=False)
     assert off(pruned, training=True) < 1.1 * off(before, training=True)
-
-
-def test_whole_channels_are_dropped_together() -> None:
-    moments = Moments()
-    x = torch.randn(500, 1, 8, dtype=torch.float64)
-    moments.add(x, x @ torch.randn(8, 3, dtype=torch.float64))
-    weight = torch.randn(1, 3, 8, dtype=torch.float64)
-    each, whole = (
-        solve(moments, weight, centred=False, ridge=1e-9, dropout=Dropout(1.0, c), window=4)
-        for c in (False, True)
-    )
-    assert each is not None and whole is not None
-    second, xy, _ = moments.about(False)
-    for found, blocks in ((each, torch.eye(8)), (whole, torch.eye(2).repeat_interleave(4, 0))):
-        noise = second * (blocks @ blocks.mT)
-        # Where the derivative of both terms is 0.
-        slope = found @ second - xy.mT + (found - weight) @ noise
-        torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-6)

@@ -13,6 +13,7 @@ import halp_fx
 from halp_fx.passes.trace import trace
 from halp_fx.reconstruction import reconstruct as module_under_test
 from halp_fx.reconstruction.checking import held_rows
+from halp_fx.reconstruction.dropout import Dropout
 from halp_fx.reconstruction.fit import Moments, error, solve
 from halp_fx.reconstruction.layers import Layer, layers_of, rows_of
 from halp_fx.reconstruction.maps import map_of
@@ -258,3 +259,21 @@ def test_minibatches_join_where_memory_allows(monkeypatch: pytest.MonkeyPatch) -
     assert max(some) > 0
     assert results[1][0] == pytest.approx(results[2][0], rel=0.1)
     assert results[0][0] < 2 * results[2][0]  # one minibatch says less
+
+
+def test_whole_channels_are_dropped_together() -> None:
+    moments = Moments()
+    x = torch.randn(500, 1, 8, dtype=torch.float64)
+    moments.add(x, x @ torch.randn(8, 3, dtype=torch.float64))
+    weight = torch.randn(1, 3, 8, dtype=torch.float64)
+    each, whole = (
+        solve(moments, weight, centred=False, ridge=1e-9, dropout=Dropout(1.0, c), window=4)
+        for c in (False, True)
+    )
+    assert each is not None and whole is not None
+    second, xy, _ = moments.about(False)
+    for found, blocks in ((each, torch.eye(8)), (whole, torch.eye(2).repeat_interleave(4, 0))):
+        noise = second * (blocks @ blocks.mT)
+        # Where the derivative of both terms is 0.
+        slope = found @ second - xy.mT + (found - weight) @ noise
+        torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-6)

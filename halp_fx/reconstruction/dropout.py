@@ -13,17 +13,15 @@ from halp_fx.reconstruction.norms import main_input
 
 __all__ = ["Dropout", "dropout_before"]
 
-_OF_CHANNELS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, F.dropout1d, F.dropout2d, F.dropout3d)
-_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
-_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_CHANNEL_MODULES = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_CHANNEL_FUNCTIONS = (F.dropout1d, F.dropout2d, F.dropout3d)
 # What only moves values, or picks among them.
-_FLAT_MODULES = (nn.Flatten,)
 _KEEPING_MODULES = (nn.Identity, nn.ReLU, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _FLAT = (torch.flatten, torch.reshape, "flatten", "reshape", "view")
 _KEEPING = (
     F.relu, torch.relu, F.max_pool1d, F.max_pool2d, F.max_pool3d, "relu", "contiguous",
 )  # fmt: skip
-_MOST = 1e6
+_MOST = 1e6  # variance of the factor, where all is dropped
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,10 @@ def dropout_before(node: fx.Node, network: fx.GraphModule) -> Dropout | None:
             target = network.get_submodule(str(current.target))
         p = _probability(current, target)
         if p is not None:
-            whole = target in _OF_CHANNELS or isinstance(target, _OF_CHANNELS[:3])
-            variance = min(p / max(1 - p, 1 / _MOST), _MOST)
+            whole = isinstance(target, _CHANNEL_MODULES) or target in _CHANNEL_FUNCTIONS
+            variance = p / max(1 - p, 1 / _MOST)
             return Dropout(variance, whole and not flat) if variance > 0 else None
-        if isinstance(target, _FLAT_MODULES) or target in _FLAT:
+        if isinstance(target, nn.Flatten) or target in _FLAT:
             flat = True
         elif not (isinstance(target, _KEEPING_MODULES) or target in _KEEPING):
             return None
@@ -55,9 +53,9 @@ def dropout_before(node: fx.Node, network: fx.GraphModule) -> Dropout | None:
 
 
 def _probability(node: fx.Node, target: Any) -> float | None:
-    if isinstance(target, _MODULES):
+    if isinstance(target, (nn.Dropout, *_CHANNEL_MODULES)):
         return float(target.p)
-    if node.op != "call_function" or target not in _FUNCTIONS:
+    if node.op != "call_function" or target not in (F.dropout, *_CHANNEL_FUNCTIONS):
         return None
     given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
     return float(given) if isinstance(given, (int, float)) else None
