@@ -56,17 +56,19 @@ def compile(
         model: a trained network; it is left as it is. Of a model in DataParallel,
             DistributedDataParallel or `torch.compile`, what is inside is pruned, with a warning.
         budget: share of the dense latency (0.5), a time ("4ms"), or a `Budget`, which may limit
-            parameters and multiply-adds besides.
+            parameters, multiply-adds and the memory of activations besides.
         example_inputs: a tensor or a tuple, the model's positional arguments, at the batch size
             that the latency is meant for. None: one image of the size the model expects.
-        data: minibatches to score channels by: `(inputs, target)`, or inputs alone where there is
-            no `loss`. None: channels are scored by their weights alone, which is the weaker score.
+        data: minibatches to score channels by: `(inputs, target)`, or inputs alone (a tensor) where
+            there is no `loss`; several inputs as a tuple, `((a, b), target)`. None: channels are
+            scored by their weights alone, which is the weaker score.
         loss: `loss(output, target)`. None: channels are scored by how much the network's outputs
             change without them, for which no targets are needed; else by the loss as well.
         latency: what a width costs. None measures this device with PyTorch, keeping the table;
-            "torch", "onnxruntime" or "analytic" name a back-end; a back-end with options, as
-            `halp_fx.latency.OnnxRuntime(threads=1)`; the path of a table; a `LatencyTable`. A table
-            of another device is refused: see `halp_fx.latency.resolve_backend`.
+            "torch", "torch.compile", "onnxruntime" or "analytic" name a back-end; a back-end with
+            options, as `halp_fx.latency.OnnxRuntime(threads=1)`; the path of a table; a
+            `LatencyTable`. A table of another device is refused: see
+            `halp_fx.latency.resolve_backend`.
         saliency: of the first-order change of the loss, "fisher" (mean squares), "taylor" (HALP's:
             mean absolute values) or "taylor1.5" (between the two); "output" (mean squares of the
             change of the outputs, the default with data alone); "both" (the geometric mean of
@@ -91,8 +93,9 @@ def compile(
             still go whole). Sums of saliencies say little about what is left of a layer of which
             nearly all goes.
         min_width: each group keeps at least so many channels, or all that it has.
-        round_to: each group keeps a multiple of so many channels, or all. None: multiples that
-            grow with the group, 8 from 32 units on.
+        round_to: each group keeps a multiple of so many channels, or all. None: multiples of
+            the step that measurements show, or else of a power of two that grows with the group, 8
+            from 32 units on.
 
             These three may be dicts from a glob, over the modules and parameters that give a
             group's channels and over the group's name, to a value. The pattern with the most
@@ -120,13 +123,15 @@ def compile(
         progress: called as `progress(stage, done, total)`.
 
     Returns:
-        The smaller network: same call signature, same keys in its `state_dict()`, same modes.
+        The smaller network: same call signature, same modes, same keys in its `state_dict()` but
+        for residual branches that were dropped.
         `plan_of` tells what was kept. Of a detector of torchvision, the same detector with a
         smaller core.
 
     Raises:
         InputError: an argument is wrong (`BudgetError` for the budget).
-        InfeasibleError: the budget can't be met; `.least` is the least latency in milliseconds.
+        InfeasibleError: the budget can't be met; `.least` is the least that can be reached of what
+            was missed: milliseconds, or parameters, multiply-adds or bytes.
         NothingToPruneError: every channel is pinned; the message says by what.
         HalpError: any other error of ours, see `halp_fx.errors`.
 
@@ -175,6 +180,8 @@ def sweep(
     **options: Any,
 ) -> Iterator[tuple[Budget, fx.GraphModule]]:
     """Prune `model` to several budgets with one trace, one saliency and one latency table.
+
+    Of a detector of torchvision each budget is traced and scored anew; the table is shared.
 
     Args:
         model: a trained network; it is left as it is.
@@ -259,8 +266,8 @@ def reconstruct(
         pruned: what `compile` or `load` gave; its weights, biases and batch norms change in place,
             those without gradients (`requires_grad`) too.
         dense: the network that it was made from; it is left as it is.
-        data: minibatches as the network is used on: `(inputs, target)` or inputs alone. Some
-            hundred to a few thousand images, without labels.
+        data: minibatches as the network is used on: `(inputs, target)`, or inputs (a tensor)
+            alone. Some hundred to a few thousand images, without labels.
         minibatches: use at most so many; None: 32. As many as fit into about 1 GiB of activations
             of both networks are held at once; the others join further on, where layers are smaller.
         ridge: how much the weights keep to what they were: their squared change counts so many

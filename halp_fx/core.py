@@ -58,12 +58,14 @@ def compile_core(
             or reads them so that it doesn't matter which and how many there are.
         put_back: `put_back(copied_model, pruned_core)` puts the core of a function into a copy of
             the model; it may return another module to be the result.
-        options: as in `halp_fx.compile`, save `candidates` and `steps`. For names, `data` holds
-            `(inputs, target)` of the whole model and `loss` takes the output of the whole model.
+        options: as in `halp_fx.compile`. For names without `candidates`, `steps` and scores by
+            outputs; `data` holds `(inputs, target)` of the whole model, and `loss`, without which
+            there is no `data`, takes the output of the whole model.
 
     Returns:
         A copy of the model, of the same class, with a smaller core. Names in its `state_dict()`
-        are as they were. `plan_of` and `core_of` take it.
+        are as they were, but for residual branches that were dropped. `plan_of` and `core_of` take
+        it.
 
     Raises:
         InputError: an argument is wrong; a part is not called on the example.

@@ -30,7 +30,7 @@ def recalibrate(network: nn.Module, data: Iterable[Any], batches: int | None = N
     Args:
         network: the network, changed in place: only `running_mean`, `running_var` and
             `num_batches_tracked` of its batch norms.
-        data: minibatches, `(inputs, target)` or inputs alone; inputs a tensor or a tuple.
+        data: minibatches, `(inputs, target)`, inputs a tensor or a tuple; or a tensor alone.
         batches: use at most so many; None: all.
 
     Returns:

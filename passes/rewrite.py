@@ -2,8 +2,9 @@
 
 Requires: a `Plan` made from groups of the same network.
 Ensures: the module computes what the dense one computes when the consumers' weights for the
-removed channels are zero; keys of the state dict, `requires_grad`, modes, device, dtype and shared
-parameters are the model's; the plan is in `module.meta["halp_fx"]`.
+removed channels are zero; keys of the state dict (but for branches that were dropped),
+`requires_grad`, modes, device, dtype and shared parameters are the model's; the plan is in
+`module.meta["halp_fx"]`.
 """
 
 from __future__ import annotations

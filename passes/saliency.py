@@ -105,8 +105,8 @@ def score(
     score.
 
     Args:
-        data: minibatches `(inputs, target)`, or inputs alone where there is no loss; inputs a
-            tensor or a tuple.
+        data: minibatches `(inputs, target)`, inputs a tensor or a tuple; or, where there is no
+            loss, a tensor alone.
         loss: `loss(output, target)` -> scalar tensor.
         both: score by the loss and by the outputs, as others besides `method`.
         within: a model that has the tensors of the graph under the same names, and is run in its

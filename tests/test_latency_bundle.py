@@ -643,6 +643,62 @@ def test_kernels_whose_times_scatter_are_sampled_again(monkeypatch: pytest.Monke
     assert timings[0]["median_ms"] == pytest.approx(1.0)
 
 
+def test_what_does_not_fit_together_is_measured_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: CLOCK[0])
+    meter = Simulated([1.0] * 20)
+    order = random.Random(0)
+    sentinel = bundle_runner._Sentinel({"ms": 2.0}, meter, order)
+    whole, sizes = meter.round_robin, []
+
+    def crowded(probes: Any, order: random.Random) -> list[list[float]]:
+        sizes.append(len(probes))
+        if len(probes) > 3:
+            raise RuntimeError("Failed to allocate memory for requested buffer")
+        return whole(probes, order)
+
+    monkeypatch.setattr(meter, "round_robin", crowded)
+    entries = [{"ms": float(ms)} for ms in (1, 5, 3, 4, 7)]
+    timings = bundle_runner._measure_parts(entries, meter, sentinel, order)
+    assert [t["median_ms"] for t in timings] == pytest.approx([1, 5, 3, 4, 7])
+    assert max(sizes) == 6 and sizes[-1] <= 3
+
+    def broken(probes: Any, order: random.Random) -> list[list[float]]:
+        raise RuntimeError("an illegal instruction")
+
+    monkeypatch.setattr(meter, "round_robin", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        bundle_runner._measure_parts(entries, meter, sentinel, order)
+
+
+def test_half_precision_is_allowed_to_tensorrt(
+    written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    class Session:
+        def __init__(
+            self, path: str, options: Any, providers: list[Any], enable_fallback: int
+        ) -> None:
+            assert not enable_fallback
+            asked.append(providers)
+
+        def get_providers(self) -> list[str]:
+            return ["TensorrtExecutionProvider"]
+
+    everything = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: everything)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    options = bundle_runner._options(written.folder, ["--provider", everything[0]])
+    meter = bundle_runner._Meter(written.folder, options)
+    for dtype in ("float32", "float16"):
+        meter._session({"file": "kernels/a.onnx", "inputs": [{"dtype": dtype}]})
+    halves = ("False", "True")
+    assert asked == [[(everything[0], {"trt_fp16_enable": h}), everything[1]] for h in halves]
+
+
 def test_a_block_is_as_long_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "perf_counter_ns", lambda: CLOCK[0])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -221,10 +222,16 @@ def test_a_provider_that_falls_back_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_tensorrt_does_not_take_goes_to_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
+    options_of: list[dict[str, str]] = []
 
     class Session:
-        def __init__(self, model: bytes, options: Any, providers: list[str]) -> None:
-            asked.append(providers)
+        def __init__(
+            self, model: bytes, options: Any, providers: list[Any], enable_fallback: int
+        ) -> None:
+            assert not enable_fallback
+            pairs = [one if isinstance(one, tuple) else (one, {}) for one in providers]
+            asked.append([name for name, _ in pairs])
+            options_of.append(pairs[0][1])
 
         def get_providers(self) -> list[str]:
             return asked[-1]
@@ -232,10 +239,29 @@ def test_what_tensorrt_does_not_take_goes_to_cuda(monkeypatch: pytest.MonkeyPatc
     everything = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: everything)
+    half = (torch.zeros(1, dtype=torch.float16),)
     for provider in everything:
-        OnnxRuntime(provider=provider)._session(onnxruntime, b"")
-    assert asked == [everything[:2], everything[1:2], everything[2:]]
+        OnnxRuntime(provider=provider)._session(onnxruntime, b"", (torch.zeros(1),))
+    OnnxRuntime(provider=everything[0])._session(onnxruntime, b"", half)
+    assert asked == [everything[:2], everything[1:2], everything[2:], everything[:2]]
+    single, *others, halved = options_of
+    assert others == [{}, {}]
+    assert "trt_fp16_enable" not in single
+    assert halved == {**single, "trt_fp16_enable": "True"}
+    assert Path(single["trt_timing_cache_path"]).is_dir()
     assert [OnnxRuntime(provider=p).coarse for p in everything] == [True, False, False]
+
+
+def test_libraries_that_packages_brought_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[bool] = []
+    everything = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: everything)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: loaded.append(True), raising=False)
+    module_under_test._preload.cache_clear()
+    for provider in (everything[1], everything[0], everything[0]):
+        OnnxRuntime(provider=provider).fingerprint()
+    assert loaded == [True]
+    module_under_test._preload.cache_clear()
 
 
 def test_a_gpu_that_torch_does_not_see_is_in_the_fingerprint(

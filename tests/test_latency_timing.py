@@ -80,8 +80,9 @@ class Simulated:
         ms = 2.0 if isinstance(module, nn.Conv2d) else float(module.ms)  # type: ignore[arg-type]
         tries = 0 if sentinel else self.prepared[ms]
         self.prepared[ms] += 1
-        # 3 blocks to warm up and 1 to size the block; the sentinel is sampled once beforehand.
-        return Run(ms, sentinel, -(4 + self.samples) if sentinel else -4, tries)
+        # 3 blocks to warm up and 1 or 2 to size the block; the sentinel is sampled once beforehand.
+        before = 4 if ms >= 10 * self.min_sample_ms else 5
+        return Run(ms, sentinel, -(before + self.samples) if sentinel else -before, tries)
 
     def block_ms(self, run: Callable[[], None], calls: int) -> float:
         assert isinstance(run, Run)
@@ -530,7 +531,7 @@ def test_two_networks_are_measured_in_turn() -> None:
 
 
 def test_the_spread_is_half_the_interquartile_range() -> None:
-    speeds = iter([1.0] * 4 + [1.0, 2.0, 3.0, 4.0, 5.0])
+    speeds = iter([1.0] * 5 + [1.0, 2.0, 3.0, 4.0, 5.0])
 
     class Uneven(Simulated):
         def block_ms(self, run: Callable[[], None], calls: int) -> float:
@@ -618,7 +619,55 @@ def test_what_does_not_fit_together_is_measured_in_parts() -> None:
     assert found == {f"{ms}": pytest.approx(ms) for ms in (1.0, 2.5, 3.0, 4.0, 5.0)}
 
 
-@pytest.mark.parametrize("message", ["no memory is left", "Failed to allocate memory for it"])
+def test_memory_that_lacks_while_kernels_are_sampled(table: LatencyTable) -> None:
+    """As of kernels that take their workspace anew in each call."""
+
+    @dataclass
+    class Crowded(Small):
+        def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
+            run = Simulated.prepare(self, module, inputs)
+            self.alive.append(weakref.ref(run))
+            return run
+
+        def block_ms(self, run: Callable[[], None], calls: int) -> float:
+            assert isinstance(run, Run)
+            alive = sum(ref() is not None for ref in self.alive)
+            if run.sampled >= 0 and not run.sentinel and alive > 3:
+                self.refused += 1
+                raise RuntimeError("CUDA error: out of memory")
+            return super().block_ms(run, calls)
+
+    backend = Crowded()
+    measure_jobs(jobs_of(1.0, 2.5, 3.0, 4.0, 5.0), backend, table)
+    assert backend.refused > 0
+    found = {entry.key: entry.timing.median_ms for entry in table.entries()}
+    assert found == {f"{ms}": pytest.approx(ms) for ms in (1.0, 2.5, 3.0, 4.0, 5.0)}
+
+
+def test_one_call_that_was_held_up_does_not_size_the_block(table: LatencyTable) -> None:
+    @dataclass
+    class Stalling(Simulated):
+        def block_ms(self, run: Callable[[], None], calls: int) -> float:
+            assert isinstance(run, Run)
+            sizing = run.sampled == -2  # the first that tells how long a call takes
+            ms = super().block_ms(run, calls)
+            return ms + 3.0 if sizing else ms
+
+    backend = Stalling()
+    measure_jobs(jobs_of(0.01), backend, table)
+    sampled = [n for ms, n in zip(backend.trace, backend.counts, strict=True) if ms == 0.01][5:]
+    assert sampled[-1] >= 100
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "no memory is left",
+        "Failed to allocate memory for it",
+        "Cuda Error in allocate: 2 (out of memory)",
+        "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate",
+    ],
+)
 def test_memory_that_lacks_is_told_in_other_words(message: str) -> None:
     """By back-ends that have an error of their own for all that fails."""
 
@@ -696,6 +745,12 @@ def test_the_reference_kernel_is_of_the_size_that_the_device_needs() -> None:
     assert shapes == [(2, 8, 5, 5)]
     warming = backend.trace[: backend.trace.index(1.0)]
     assert sum(warming) >= 500  # milliseconds before anything counts
+    again = Large()
+    measure_network(Fixed(3.0), (), again)
+    assert sum(again.trace[: -again.samples]) >= 500
+    plain = Simulated()
+    measure_network(Fixed(3.0), (), plain)
+    assert len(plain.trace) == 3 + 2 + plain.samples
     assert Torch().sentinel == (1, 16, 28, 28) != Torch("cuda:0").sentinel
 
 

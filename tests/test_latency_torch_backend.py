@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from halp_fx.errors import InputError
+from halp_fx.errors import InputError, LatencyError
 from halp_fx.latency import Backend, BlockTimer, Torch, measure_network
 from halp_fx.latency import torch_backend as module_under_test
 
@@ -278,6 +280,40 @@ def test_short_work_is_recorded_several_times(
     assert module_under_test._cuda_ms(replay, 20, device) == pytest.approx(0.1)
     assert graphs[-1].replayed - before == 4
     assert module_under_test._cuda_ms(replay, 1, device) == pytest.approx(0.1 / 5)
+
+
+def test_why_work_can_not_be_recorded_is_told(
+    graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the stream that was current is so again: torch leaves that to the caller."""
+    current: list[Any] = []
+
+    @contextmanager
+    def entered(stream: _Stream) -> Iterator[None]:
+        before = list(current)
+        current.append(stream)
+        try:
+            yield
+        finally:
+            current[:] = before
+
+    @contextmanager
+    def recording(graph: Graph, stream: _Stream) -> Iterator[None]:
+        current.append(graph)
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def work() -> None:
+        if isinstance(current[-1], Graph):
+            raise RuntimeError("it copies to the host")
+
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    with pytest.raises(LatencyError, match=r"recorded as a CUDA graph \(it copies to the host\)"):
+        module_under_test._replay(work, torch.device("cuda:0"))
+    assert current == []
 
 
 def test_long_work_is_recorded_once(graphs: list[Graph]) -> None:

@@ -139,8 +139,12 @@ def test_what_has_operators_without_rules_is_pruned_with_its_own() -> None:
             "module leaf can't be shrunk",
         ),
         (lambda run, call: set_labels(call.out, {1: [1, 2]}), "the rule of Doubled fails: Attrib"),
+        (
+            lambda run, call: set_labels(call.out, {1: np.array([1, 2])}),
+            "the rule of Doubled fails: StructureError: 2 labels for dim 1",
+        ),
     ],
-    ids=["says nothing", "forgets the parameters", "raises"],
+    ids=["says nothing", "forgets the parameters", "raises", "gives too few labels"],
 )
 def test_a_wrong_rule_pins(wrong: Callable[..., None], reason: str) -> None:
     register_module(Doubled)(wrong)

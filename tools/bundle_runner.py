@@ -27,7 +27,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ _SENTINEL_MEMORY = 15  # times that its running median is taken over
 _WARM_UP_CALLS = 3
 _WARM_UP_MS = 200.0  # a call longer than this warms up by itself
 _MAX_CALLS = 1000000  # of a block; a kernel that does nothing would never fill one
+_SURELY = 10  # times the least length of a block, that a short one does not come to by chance
+_RISE_MS = 500.0  # for which a GPU computes before it counts: its clock takes its time to rise
+# How libraries say that memory lacks: ONNX Runtime, CUDA and TensorRT, cuBLAS.
+_NO_MEMORY = ("failed to allocate memory", "out of memory", "cublas_status_alloc_failed")
 
 # Model names of virtual machines are often generic ("AMD EPYC"); these tell generations apart.
 _CPUINFO_FIELDS = ("model name", "cpu family", "model", "CPU implementer", "CPU part", "Hardware")
@@ -194,7 +198,7 @@ def _contents(folder: Path, entry: dict[str, Any]) -> bytes:
 class _Probe:
     """A kernel ready to be timed."""
 
-    def __init__(self, run: Callable[[], None], min_sample_ms: float) -> None:
+    def __init__(self, run: Callable[[], None], min_sample_ms: float, rise_ms: float = 0) -> None:
         """Warm up, and find how many calls make a block of `min_sample_ms`."""
         self.run = run
         self.calls = 1  # of one block
@@ -203,8 +207,12 @@ class _Probe:
             warmed += _block_ms(run, 1)
             if warmed >= _WARM_UP_MS:
                 break
+        while warmed < rise_ms:
+            warmed += _block_ms(run, 1)
         while self.calls < _MAX_CALLS:
             took = _block_ms(run, self.calls)
+            if took < _SURELY * min_sample_ms:  # it may be one that was held up
+                took = min(took, _block_ms(run, self.calls))
             if took >= min_sample_ms:
                 break
             wanted = math.ceil(1.2 * self.calls * min_sample_ms / max(took, 1e-6))
@@ -226,6 +234,10 @@ class _Meter:
                     self.provider, ", ".join(available)
                 )
             )
+        preload = getattr(self.runtime, "preload_dlls", None)
+        if self.provider in _ON_CUDA and preload is not None:
+            with redirect_stdout(sys.stderr):
+                preload()  # libraries of CUDA that packages brought
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the device and the settings; names no host."""
@@ -242,13 +254,15 @@ class _Meter:
     def probe(self, entry: dict[str, Any]) -> _Probe:
         """A kernel of the manifest, ready to be timed."""
         _contents(self.folder, entry)
+        is_reference = "key" not in entry
+        rise_ms = _RISE_MS if is_reference and self.provider in _ON_CUDA else 0
         try:
-            session = self._session(self.folder / entry["file"])
-            return _Probe(self._bound(session, entry), self.min_sample_ms)
+            session = self._session(entry)
+            return _Probe(self._bound(session, entry), self.min_sample_ms, rise_ms)
         except BundleError:
             raise
         except Exception as e:  # onnxruntime's share no base class of their own
-            name = f"kernel {entry['key']}" if "key" in entry else "the reference kernel"
+            name = "the reference kernel" if is_reference else f"kernel {entry['key']}"
             raise BundleError(
                 f"{name} can't be run ({entry['file']}, opset {entry['opset']}, onnxruntime "
                 f"{self.runtime.__version__}): {e}"
@@ -279,8 +293,8 @@ class _Meter:
         lower, median, upper = (float(p) for p in self.numpy.percentile(blocks, [25, 50, 75]))
         return 1.57 * (upper - lower) / math.sqrt(len(blocks)) > _UNCERTAINTY * median
 
-    def _session(self, path: Path) -> Any:
-        runtime = self.runtime
+    def _session(self, entry: dict[str, Any]) -> Any:
+        path, runtime = self.folder / entry["file"], self.runtime
         options = runtime.SessionOptions()
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
@@ -289,12 +303,18 @@ class _Meter:
         options.log_severity_level = 3
         # Threads of idle sessions would spin on the cores that the session being timed needs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        # By its path: the weights lie in a file beside it.
-        # What TensorRT does not take goes to CUDA, as in use, and not to the CPU.
-        beside = ["CUDAExecutionProvider"] if self.provider.startswith("Tensorrt") else []
-        there = [name for name in beside if name in runtime.get_available_providers()]
-        providers = [self.provider, *there]
-        session = runtime.InferenceSession(str(path), options, providers=providers)
+        providers: list[Any] = [self.provider]
+        if self.provider.startswith("Tensorrt"):
+            half = any(tensor["dtype"] == "float16" for tensor in entry["inputs"])
+            providers = [(self.provider, {"trt_fp16_enable": str(half)})]
+            # What TensorRT does not take goes to CUDA, as in use, and not to the CPU.
+            beside = ["CUDAExecutionProvider"]
+            providers += [name for name in beside if name in runtime.get_available_providers()]
+        # By its path: the weights lie in a file beside it. Without the fallback, why a provider
+        # does not start is told.
+        session = runtime.InferenceSession(
+            str(path), options, providers=providers, enable_fallback=0
+        )
         active = session.get_providers()
         if active[0] != self.provider:
             raise BundleError(
@@ -373,11 +393,31 @@ def _measure(
     start = time.monotonic()
     for first in range(0, len(todo), _BATCH):
         batch = todo[first : first + _BATCH]
-        timings = _measure_batch(batch, meter, sentinel, order)
+        timings = _measure_parts(batch, meter, sentinel, order)
         results.add({entry["key"]: timings[i] for i, entry in enumerate(batch)})
         done = first + len(batch)
         left = (time.monotonic() - start) / done * (len(todo) - done)
         _say(f"{len(results.medians)}/{results.total} kernels, {_clock(left)} left")
+
+
+def _measure_parts(
+    batch: list[dict[str, Any]], meter: _Meter, sentinel: _Sentinel, order: random.Random
+) -> list[dict[str, Any]]:
+    """Timings of a few kernels, in smaller parts where the memory does not hold all of them."""
+    try:
+        return _measure_batch(batch, meter, sentinel, order)
+    except Exception as e:
+        if len(batch) == 1 or not _out_of_memory(e):
+            raise
+    gc.collect()
+    half = len(batch) // 2
+    parts = (batch[:half], batch[half:])
+    return [timing for part in parts for timing in _measure_parts(part, meter, sentinel, order)]
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)
 
 
 def _measure_batch(

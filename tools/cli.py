@@ -216,7 +216,8 @@ def prune(
         int | None,
         typer.Option(
             "--round-to",
-            help="Keep multiples of so many channels. Default: 8 in wide groups, less in others.",
+            help="Keep multiples of so many channels. Default: the steps of the device; "
+            "unknown, 8 in wide groups, less in others.",
         ),
     ] = None,
     solver: Annotated[

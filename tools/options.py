@@ -63,7 +63,7 @@ LatencyOption = Annotated[
     str | None,
     typer.Option(
         "--latency",
-        help="analytic, torch, onnxruntime, or a table of halp-fx profile. "
+        help="analytic, torch, torch.compile, onnxruntime, or a table of halp-fx profile. "
         "Default: measure this device.",
     ),
 ]

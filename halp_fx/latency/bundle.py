@@ -88,7 +88,7 @@ def write_bundle(
         >>> build = lambda: (torch.nn.Conv2d(3, 8, 3), (torch.zeros(1, 3, 16, 16),))
         >>> folder = write_bundle([Job("conv 3 -> 8", build)], tempfile.mkdtemp())
         >>> sorted(path.name for path in folder.iterdir())
-        ['kernels', 'manifest.json', 'run.py', 'sentinel.onnx']
+        ['gpu_sentinel.onnx', 'kernels', 'manifest.json', 'run.py', 'sentinel.onnx']
         >>> sorted(path.suffix for path in (folder / "kernels").iterdir())
         ['.onnx']
     """
@@ -239,7 +239,8 @@ def _with_shared_weights(data: bytes) -> bytes:
     model = onnx.load_model_from_string(data)
     for tensor in model.graph.initializer:
         size = 4 * math.prod(tensor.dims)
-        if tensor.data_type != onnx.TensorProto.FLOAT or size < _LEAST_SHARED:
+        of_layer = tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1
+        if not of_layer or size < _LEAST_SHARED:  # variances, of one dim, must be positive
             continue
         name, dims = tensor.name, list(tensor.dims)
         tensor.Clear()
@@ -259,11 +260,11 @@ def _shared_bytes(model: Any) -> int:
 
 
 def _write_weights(folder: Path, entries: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The shared file, as long as needed: small positive numbers, as variances must be."""
+    """The shared file, as long as needed: numbers so small that no deep network overflows."""
     size = max((entry["shared_bytes"] for entry in entries), default=0)
     if size == 0:
         return None
-    numbers = np.random.default_rng(0).uniform(0.01, 0.1, size // 4).astype("<f4")
+    numbers = np.random.default_rng(0).uniform(-0.05, 0.05, size // 4).astype("<f4")
     path = folder / "kernels" / _WEIGHTS
     _write(path, numbers.tobytes())
     return {

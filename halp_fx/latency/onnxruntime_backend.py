@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import io
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -108,7 +111,7 @@ class OnnxRuntime:
         model = onnx_bytes(module, inputs)
         tensors = tuple(iter_tensors(_on_cpu(inputs)))
         try:
-            session = self._session(runtime, model)
+            session = self._session(runtime, model, tensors)
             return _bound_run(runtime, session, tensors, self.provider in _ON_CUDA)
         except LatencyError:
             raise
@@ -122,7 +125,7 @@ class OnnxRuntime:
         """Milliseconds that `calls` calls of `run` take together."""
         return wall_ms(run, calls)  # a run returns when the provider has finished
 
-    def _session(self, runtime: Any, model: bytes) -> Any:
+    def _session(self, runtime: Any, model: bytes, tensors: tuple[torch.Tensor, ...]) -> Any:
         options = runtime.SessionOptions()
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
@@ -132,11 +135,14 @@ class OnnxRuntime:
         # Threads of idle sessions would spin on the cores that the session being timed needs:
         # a convolution on two cores took twice as long, and up to twenty times beside others.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        # What TensorRT does not take goes to CUDA, as in use, and not to the CPU.
-        beside = [_CUDA] if self.provider == _TENSORRT else []
-        there = [name for name in beside if name in runtime.get_available_providers()]
-        providers = [self.provider, *there]
-        session = runtime.InferenceSession(model, options, providers=providers)
+        providers: list[Any] = [self.provider]
+        if self.provider == _TENSORRT:
+            half = any(tensor.dtype == torch.float16 for tensor in tensors)
+            providers = [(_TENSORRT, _tensorrt_options(half))]
+            # What TensorRT does not take goes to CUDA, as in use, and not to the CPU.
+            providers += [name for name in [_CUDA] if name in runtime.get_available_providers()]
+        # Without the fallback, why a provider does not start is told, memory that lacks too.
+        session = runtime.InferenceSession(model, options, providers=providers, enable_fallback=0)
         active = session.get_providers()
         if active[0] != self.provider:
             raise LatencyError(
@@ -206,7 +212,32 @@ def _runtime(provider: str) -> Any:
         raise InputError(
             f"provider is {provider!r}: this build of onnxruntime has {', '.join(available)}"
         )
+    _preload(runtime, provider)
     return runtime
+
+
+@functools.cache
+def _preload(runtime: Any, provider: str) -> None:
+    """Load the libraries of CUDA that packages brought, which the loader does not find itself."""
+    preload = getattr(runtime, "preload_dlls", None)
+    if provider in _ON_CUDA and preload is not None:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            preload()
+
+
+def _tensorrt_options(half: bool) -> dict[str, str]:
+    """Options of TensorRT's provider for a model in half precision, or not.
+
+    What its kernels took once is kept for this process, so that a network that is prepared twice
+    runs the same ones.
+    """
+    kept = {"trt_timing_cache_enable": "True", "trt_timing_cache_path": _timing_cache().name}
+    return {**kept, "trt_fp16_enable": "True"} if half else kept
+
+
+@functools.cache
+def _timing_cache() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="halp_fx-")
 
 
 def _export(module: nn.Module, tensors: tuple[torch.Tensor, ...]) -> bytes:

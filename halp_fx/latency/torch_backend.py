@@ -199,7 +199,9 @@ def _replay(run: Callable[[], Any], device: torch.device) -> _Replay:
     """
     side = torch.cuda.Stream(device)
     try:
-        with torch.cuda.device(device), torch.inference_mode():
+        # A recording that fails would leave its stream the current one.
+        here = torch.cuda.stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), here, torch.inference_mode():
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):  # libraries set themselves up at the first calls
                 for _ in range(3):
@@ -211,8 +213,9 @@ def _replay(run: Callable[[], Any], device: torch.device) -> _Replay:
             calls = min(math.ceil(_GRAPH_MS / max(took, 1e-3)), _MOST_RECORDED)
             return once if calls == 1 else _recorded(run, calls, side)
     except RuntimeError as e:
+        cause = e.__context__ or e  # to end a recording that failed, fails too
         raise LatencyError(
-            f"the work can't be recorded as a CUDA graph ({e}): measure with cuda_graphs=False"
+            f"the work can't be recorded as a CUDA graph ({cause}): measure with cuda_graphs=False"
         ) from e
 
 

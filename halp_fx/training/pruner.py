@@ -58,7 +58,8 @@ class GradualPruner:
 
     At each of `steps` milestones, `every` optimiser steps apart, the channels that matter least by
     the gradients seen since the last one are cut out of the network, of the optimiser's state
-    and of averaged copies. After the last milestone the network is within the budget.
+    and of averaged copies. After the last milestone the network is within the budget; where
+    latency is measured, `plan.report["met"]` says so.
 
     Args:
         model: a trained network; it is left as it is, and `pruner.model` is what to train. A
