@@ -14,10 +14,11 @@ from halp_fx.errors import InputError
 from halp_fx.minibatches import device_of, inputs_of
 from halp_fx.passes.rules.scope import Selection
 from halp_fx.passes.rules.structure import named_tensors
+from halp_fx.passes.rules.widths import MIN_SHARE
 from halp_fx.passes.rules.wrappers import unwrapped
 from halp_fx.passes.select import check_solver
 from halp_fx.passes.trace import trace
-from halp_fx.pipeline import MIN_SHARE, Progress, prepare
+from halp_fx.pipeline import Progress, prepare
 from halp_fx.random_state import same_random_state
 from halp_fx.reconstruction import Fit, first_minibatches, refit
 from halp_fx.types import ChannelGroups, Plan

@@ -20,8 +20,8 @@ from halp_fx.passes.groups import find_groups
 from halp_fx.passes.latency import price, refine
 from halp_fx.passes.rewrite import rewrite
 from halp_fx.passes.rules.limits import dense_counts
-from halp_fx.passes.rules.scope import Scope, Selection, scope_of
-from halp_fx.passes.rules.widths import Widths
+from halp_fx.passes.rules.scope import Selection, scope_of
+from halp_fx.passes.rules.widths import MIN_SHARE, Widths
 from halp_fx.passes.saliency import BY_DATA, score
 from halp_fx.passes.select import check_solver, select
 from halp_fx.passes.trace import trace
@@ -31,12 +31,11 @@ from halp_fx.stepwise import check_steps, narrowed, target_at
 from halp_fx.types import ChannelGroups, IntArray, LatencyModel, Plan, Saliency, Traced
 from halp_fx.verification import Check, can_measure, verified
 
-__all__ = ["MIN_SHARE", "Prepared", "Progress", "prepare"]
+__all__ = ["Prepared", "Progress", "prepare"]
 
 Progress = Callable[[str, int, int], None]
 Choose = Callable[[ChannelGroups, Saliency, LatencyModel, float], Plan]
 
-MIN_SHARE = 0.1
 _REFINEMENTS = 3  # how often the chosen widths are measured and chosen again
 
 
@@ -345,10 +344,10 @@ def prepare(
             (resolve_backend(where, device=_device_of(model)), most) for where, most in further
         ]
         for each in (source, *(elsewhere for elsewhere, _ in others)):
-            tell_foreign(each, stacklevel=3)
+            tell_foreign(each)
         stage("groups")
         scope = scope_of(traced.root, include, exclude)
-        groups = _in_scope(find_groups(traced, exact=exact, scope=scope), scope)
+        groups = find_groups(traced, exact=exact, scope=scope)
         if not groups.groups:
             raise NothingToPruneError(_why_nothing(groups))
         stage("saliency")
@@ -524,10 +523,3 @@ def _why_nothing(groups: ChannelGroups) -> str:
     shown = lines[:20] + ([f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else [])
     name = groups.traced.model_name
     return "\n".join([f"{name} has no channel that can be removed:", *shown])
-
-
-def _in_scope(groups: ChannelGroups, scope: Scope | None) -> ChannelGroups:
-    """A branch with channels that the caller wants whole is not dropped."""
-    if scope is None:
-        return groups
-    return replace(groups, branches=tuple(b for b in groups.branches if not scope.holds(b.tensors)))

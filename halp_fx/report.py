@@ -28,10 +28,10 @@ def summarize(plan: Plan) -> dict[str, Any]:
         A dict that `json` can write: `model`, `saliency`, `data_free`, `latency_ms` (by the
         table), `measured_ms` (None where the network was not measured), `met` (by measurement, if
         there is one), `also` (the same of each latency that is limited besides), `gap`,
-        `value_kept`, `solver`, `state_size` (numbers in the state dict), `groups`, `pins`,
-        `opaque` and `facts` (what the stages noted). Of a network that was loaded, `model`,
-        `state_size`, `groups`, `pins` and `opaque` are None: a file of `halp_fx.save` doesn't
-        describe the dense network.
+        `value_kept`, `solver`, `state_size` (numbers in the state dict, None where a plan was not
+        carried out), `groups`, `pins`, `opaque` and `facts` (what the stages noted). Of a network
+        that was loaded, `model`, `groups`, `pins` and `opaque` are None: a file of `halp_fx.save`
+        doesn't describe the dense network.
     """
     # None where the network was loaded, whatever the annotation says.
     found = cast("ChannelGroups | None", plan.groups)
@@ -50,11 +50,11 @@ def summarize(plan: Plan) -> dict[str, Any]:
         "gap": plan.gap,
         "value_kept": plan.value / plan.dense_value if plan.dense_value else 0.0,
         "solver": plan.solver,
-        "state_size": found and _state_size(plan),
+        "state_size": plan.report.get("state_size"),
         "groups": found and _groups(plan),
         "pins": found and _merge_pins(found.pins),
         "opaque": found and dict(sorted(found.traced.opaque.items())),
-        "facts": dict(plan.report),
+        "facts": {name: fact for name, fact in plan.report.items() if name != "state_size"},
     }
     plain = _plain(summary)
     assert isinstance(plain, dict)
@@ -111,19 +111,6 @@ def _groups(plan: Plan) -> list[dict[str, Any]]:
         }
         for group, units in zip(plan.groups.groups, plan.units, strict=True)
     ]
-
-
-def _state_size(plan: Plan) -> dict[str, int]:
-    dense = kept = 0
-    for name, spec in plan.groups.parameters.items():
-        shape = spec.dense_shape
-        dense += math.prod(shape)
-        survive = plan.kept.get(name, (None,) * len(shape))
-        kept += math.prod(
-            size if index is None else len(index)
-            for size, index in zip(shape, survive, strict=True)
-        )
-    return {"dense": dense, "kept": kept}
 
 
 def _merge_pins(pins: tuple[Pin, ...]) -> list[dict[str, Any]]:
@@ -217,20 +204,15 @@ def _size_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     if summary["measured_ms"] is not None:
         dense, pruned = summary["measured_ms"]["dense"], summary["measured_ms"]["pruned"]
         rows.append(("latency measured", _ms(dense), _ms(pruned), _ratio(pruned, dense)))
-    if groups is None:
-        return rows
-    units = sum(group["units"] for group in groups)
-    kept = sum(group["kept"] for group in groups)
-    return [
-        *rows,
-        (
-            "numbers in the state dict",
-            f"{state['dense']:,}",
-            f"{state['kept']:,}",
-            _ratio(state["kept"], state["dense"]),
-        ),
-        ("channel units that may go", f"{units:,}", f"{kept:,}", _ratio(kept, units)),
-    ]
+    if state is not None:
+        dense, kept = state["dense"], state["kept"]
+        name = "numbers in the state dict"
+        rows.append((name, f"{dense:,}", f"{kept:,}", _ratio(kept, dense)))
+    if groups is not None:
+        units = sum(group["units"] for group in groups)
+        kept = sum(group["kept"] for group in groups)
+        rows.append(("channel units that may go", f"{units:,}", f"{kept:,}", _ratio(kept, units)))
+    return rows
 
 
 def _group_text(summary: Mapping[str, Any]) -> str:

@@ -88,7 +88,8 @@ def verified(
             if small.median_ms > allowed_ms:
                 over_ms = small.median_ms - _BELOW * allowed_ms
                 asked_ms[i] = _less(asked_ms[i], _priced(plan, i), dense.median_ms, over_ms)
-        pruned.meta["halp_fx"] = plan
+        noted = pruned.meta["halp_fx"].report
+        pruned.meta["halp_fx"] = replace(plan, report={**noted, **plan.report})
         if best is None or excess < best[0] or excess <= 1:
             best = excess, pruned
         tell(attempt, _CHOICES)

@@ -7,8 +7,8 @@ whose every tensor is rectangular; that was tried on two random choices, node by
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -28,6 +28,7 @@ from halp_fx.passes.rules.interpret import (
     map_tensors,
     snapshots_in,
 )
+from halp_fx.passes.rules.scope import Scope
 from halp_fx.passes.rules.shrink import Failure, Labelled, shrink
 from halp_fx.passes.rules.source import source_of
 from halp_fx.passes.rules.structure import named_tensors
@@ -49,12 +50,6 @@ _MAX_TRIALS = 8
 _MAX_CHOICES = 2
 
 
-class Scope(Protocol):
-    """What the caller excludes from pruning."""
-
-    def pins(self, blocks: Iterable[Block]) -> Iterable[PinRecord]: ...
-
-
 def find_groups(
     traced: Traced, *, exact: bool = False, scope: Scope | None = None
 ) -> ChannelGroups:
@@ -66,7 +61,7 @@ def find_groups(
     Args:
         exact: pin the channels that LayerNorm and the like take statistics over; otherwise they
             may go, and the groups concerned name those nodes in `inexact`.
-        scope: channels that the caller excludes.
+        scope: channels that the caller excludes; a branch that has some is not dropped whole.
     """
     best = tried = _search(traced, exact, scope, {})
     prefer: dict[tuple[str, int], int] = {}
@@ -78,7 +73,11 @@ def find_groups(
         tried = _search(traced, exact, scope, prefer)
         if tried.prunable > best.prunable:
             best = tried
-    return best.channel_groups()
+    groups = best.channel_groups()
+    if scope is None:
+        return groups
+    free = tuple(branch for branch in groups.branches if not scope.holds(branch.tensors))
+    return replace(groups, branches=free)
 
 
 def _search(

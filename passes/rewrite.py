@@ -4,10 +4,12 @@ Requires: a `Plan` made from groups of the same network.
 Ensures: the module computes what the dense one computes when the consumers' weights for the
 removed channels are zero; keys of the state dict (but for branches that were dropped),
 `requires_grad`, modes, device, dtype and shared parameters are the model's; the plan is in
-`module.meta["halp_fx"]`.
+`module.meta["halp_fx"]`, with the "state_size" of both in its report.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,18 +20,10 @@ from halp_fx.passes.rules.branches import branch_constant
 from halp_fx.passes.rules.core import StructureError
 from halp_fx.passes.rules.plan import BoolArray, alive_labels
 from halp_fx.passes.rules.shrink import Labelled, shrink
-from halp_fx.passes.rules.structure import named_tensors
+from halp_fx.passes.rules.structure import HOOKS, named_tensors
 from halp_fx.types import Branch, Plan
 
 __all__ = ["rewrite"]
-
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)
 
 
 def rewrite(plan: Plan) -> fx.GraphModule:
@@ -56,18 +50,25 @@ def rewrite(plan: Plan) -> fx.GraphModule:
         module.get_submodule("_constants").register_buffer(branch.operand, constant)
     _share_modules(module, traced.root)
     _add_unreached(module, traced.root, cut, gone)
-    for hooks in _HOOKS:  # of the model itself; those of its layers came with the layers
+    for hooks in HOOKS:  # of the model itself; those of its layers came with the layers
         getattr(module, hooks).update(getattr(traced.root, hooks, {}))
     _restore_persistence(module, traced.root)
     _restore_order(module, traced.root)
     for path, part in module.named_modules():
         part.training = traced.training.get(path, traced.training[""])
-    module.meta["halp_fx"] = plan
+    sizes = {"dense": _numbers(traced.root), "kept": _numbers(module)}
+    module.meta["halp_fx"] = replace(plan, report={**plan.report, "state_size": sizes})
     module.meta["halp_fx_example"] = tuple(
         (tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x
         for x in traced.example_inputs
     )
     return module
+
+
+def _numbers(module: nn.Module) -> int:
+    """How many the state dict holds; what goes by two names counts twice, as it does there."""
+    state = module.state_dict()
+    return sum(value.numel() for value in state.values() if isinstance(value, torch.Tensor))
 
 
 def _dropped(plan: Plan, alive: BoolArray) -> list[tuple[Branch, torch.Tensor]]:

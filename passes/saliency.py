@@ -1,13 +1,15 @@
 """saliency: what each unit of each group is worth.
 
 Requires: `ChannelGroups`; data for scores by gradients, and a loss or outputs that have a gradient.
-Ensures: one finite score of at least 0 a unit, in each group some above 0; the model, its
+Ensures: one finite score of at least 0 a unit, above 0 for some of each group of more than a few;
+the model, its
 gradients, its modes and the global random state are as before.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +20,7 @@ from torch import fx, nn
 
 from halp_fx.errors import InputError, SaliencyError
 from halp_fx.minibatches import device_of, float_tensors, inputs_of, target_of
-from halp_fx.passes.rules.scored import ScoredMembers
+from halp_fx.passes.rules.scored import ScoredMembers, is_gone, places_of, sums_of_products
 from halp_fx.passes.rules.structure import named_tensors
 from halp_fx.types import ChannelGroups, FloatArray, Plan, Saliency
 
@@ -180,11 +182,9 @@ def score_survivors(
     for number, (group, units) in enumerate(zip(groups.groups, plan.units, strict=True)):
         members: _Sources = []
         # Of branches that were dropped nothing is left.
-        left = [m for m in group.members if not _is_gone(plan.kept[m.name])]
+        left = [m for m in group.members if not is_gone(plan.kept[m.name])]
         for member in scored.of(number, left):
-            survivors = plan.kept[member.name][member.dim]
-            own = member.index[units]
-            place = own if survivors is None else np.searchsorted(survivors.numpy(), own)
+            place = places_of(member, units, plan.kept[member.name])
             members.append((member.name, member.dim, place))
         sources.append(members)
     counts = [len(units) for units in plan.units]
@@ -253,9 +253,9 @@ def _by_gradients(
         tensor.requires_grad_(id(tensor) in wanted and tensor.is_floating_point())
     sums = [_Sums(probe, units) for probe in probes]
     batches = 0
-    total = len(data) if hasattr(data, "__len__") else 0  # type: ignore[arg-type]
     if not isinstance(data, Iterable):
         raise InputError(f"data must be an iterable of (inputs, target), not {type(data).__name__}")
+    total = operator.length_hint(data)  # loaders of streams have a len() that fails
     for batch in data:
         values = _forward(module, batch, probes)
         for left, (which, value) in zip(range(len(values) - 1, -1, -1), values, strict=True):
@@ -263,7 +263,8 @@ def _by_gradients(
             for i, members in enumerate(sources):
                 change = np.zeros(units[i])
                 for name, dim, index in members:
-                    change += _sum_of_products(tensors[name], dim, index)
+                    products = sums_of_products(tensors[name], dim, torch.from_numpy(index))
+                    change += products.cpu().double().numpy()
                 sums[which].add(i, np.abs(change))
             for tensor in tensors.values():
                 tensor.grad = None
@@ -407,24 +408,6 @@ def _projections(optional: bool) -> Callable[[Any, Any], list[torch.Tensor]]:
         return values
 
     return scalars
-
-
-def _is_gone(kept: Sequence[torch.Tensor | None]) -> bool:
-    """Whether a parameter went with a branch that was dropped whole."""
-    return any(index is not None and not len(index) for index in kept)
-
-
-def _sum_of_products(tensor: torch.Tensor, dim: int, index: Any) -> FloatArray:
-    """Sum of `W * dW` over all that each unit owns, float64 (units,)."""
-    if tensor.grad is None:
-        return np.zeros(len(index))
-    value, gradient = tensor.detach(), tensor.grad
-    if value.dtype in (torch.float16, torch.bfloat16):
-        value, gradient = value.float(), gradient.float()
-    product = (value * gradient).movedim(dim, 0).reshape(value.shape[dim], -1)
-    finest = torch.float32 if value.device.type == "mps" else torch.float64  # it has no other
-    rows: FloatArray = product.sum(1, dtype=finest).cpu().double().numpy()
-    return np.asarray(rows[index].sum(axis=1), dtype=np.float64)
 
 
 def _magnitude(groups: ChannelGroups) -> list[FloatArray]:

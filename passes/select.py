@@ -108,7 +108,6 @@ def knapsack_of(
     latency: LatencyModel,
     *,
     drop_blocks: bool = True,
-    min_share: float = 0.0,
     allowed: Widths | None = None,
     among: Sequence[IntArray] | None = None,
 ) -> Knapsack:
@@ -134,7 +133,7 @@ def knapsack_of(
         for g, (group, own, step, own_units) in enumerate(
             zip(
                 groups.groups,
-                _allowed(allowed, min_share).resolve(groups),
+                (allowed or Widths()).resolve(groups),
                 unit_steps(groups, latency),
                 left,
                 strict=True,
@@ -170,7 +169,6 @@ def select(
     limits: Mapping[str, float] | None = None,
     also: Sequence[tuple[LatencyModel, float]] = (),
     drop_blocks: bool = True,
-    min_share: float = 0.0,
     allowed: Widths | None = None,
     among: Sequence[IntArray] | None = None,
 ) -> Plan:
@@ -184,9 +182,7 @@ def select(
             bytes of activations at a time.
         also: further latency models and the milliseconds that each may take, likewise.
         drop_blocks: whether residual branches may go whole.
-        min_share: each group keeps at least this share of its units, or goes with its branch; in
-            place of `allowed`.
-        allowed: the widths that each group may have.
+        allowed: the widths that each group may have; None: any.
         among: the units of each group to choose from; the others are gone. None: all.
 
     Raises:
@@ -204,9 +200,8 @@ def select(
         if not limit > 0:
             raise BudgetError(f"the limit on {name} is {limit!r}: pass a count above 0")
     problem = knapsack_of(
-        groups, saliency, latency, drop_blocks=drop_blocks, min_share=min_share, allowed=allowed,
-        among=among,
-    )  # fmt: skip
+        groups, saliency, latency, drop_blocks=drop_blocks, allowed=allowed, among=among
+    )
     params, macs = parameter_counts(groups), mac_counts(groups)
     counts = {"params": params, "macs": macs}
     further = [
@@ -258,14 +253,6 @@ def select(
 def _at_most(units: int, sizes: IntArray) -> IntArray:
     """The sizes that so many units are enough for, and to keep all of them."""
     return np.union1d(sizes[sizes <= units], np.array([units], dtype=np.int64))
-
-
-def _allowed(allowed: Widths | None, min_share: float) -> Widths:
-    if allowed is None:
-        return Widths(min_share=min_share)
-    if min_share:
-        raise InputError("min_share was given beside allowed: pass Widths(min_share=...) alone")
-    return allowed
 
 
 def check_solver(solver: str, further: Collection[str] = (), also: Collection[object] = ()) -> None:

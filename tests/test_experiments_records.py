@@ -50,9 +50,10 @@ def test_records_outlive_a_run_that_was_cut_off(tmp_path: Path) -> None:
     assert [(r.method, r.tuned) for r in last.records] == [("joint", 0.6), ("halp", 0.3)]
     assert last.find("net", "halp", 0.5, 0) == record("halp", tuned=0.3)
     assert Journal(path, "other").records == []
-    path.write_text("nonsense\n")
-    with pytest.raises(InputError, match=r"line 1 of .* is no record"):
-        Journal(path, "digest")
+    for damaged in ("nonsense", '{"network": "net", "method": "joint", "budget": 0.5}'):
+        path.write_text(f"{damaged}\n")
+        with pytest.raises(InputError, match=r"line 1 of .* is no record"):
+            Journal(path, "digest")
 
 
 def test_settings_are_checked_and_told_apart() -> None:

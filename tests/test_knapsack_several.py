@@ -11,6 +11,7 @@ import pytest
 import scipy.optimize
 
 import halp_fx.knapsack.relax
+import halp_fx.knapsack.several
 from halp_fx.errors import InfeasibleError, InputError
 from halp_fx.knapsack import Term, cost_of, solve, value_of
 from halp_fx.knapsack.master import Master
@@ -69,6 +70,21 @@ def check_against_brute_force(seed: int, count: int, *, near: bool = True) -> bo
     if near:
         assert solution.value >= max(within) - 0.15 * abs(max(within)) - 1e-9
     return True
+
+
+def test_a_level_that_another_constraint_forbids_is_not_taken_from_one_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(halp_fx.knapsack.several._Pool, "closed", lambda *args: False)
+    time: list[Term] = [((v,), np.array([0.0, 1.0, 2.0])) for v in range(3)]
+    for forbidden in (1, 2):  # the level above it has another place, or none
+        size = [((v,), np.array([0.0, 1.0, 1.0])) for v in range(3)]
+        size[0][1][forbidden] = math.inf
+        values = [np.array([0.0, 3.0, 4.0 + v]) for v in range(3)]
+        solution = solve_several(values, [(time, 3.0), (size, 9.0)])
+        assert solution.levels[0] != forbidden
+        assert solution.value == value_of(solution.levels, values)
+        assert cost_of(solution.levels, time) <= 3.0
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])

@@ -84,6 +84,36 @@ def test_what_had_to_stay_and_why(plan: Plan) -> None:
     assert "scores from data are better" in text
 
 
+def test_the_size_is_that_of_the_state_dict() -> None:
+    """Also of state that nothing reads, and of branches that were dropped."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.unread = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 7)
+            self.branch = nn.Sequential(nn.Conv2d(16, 64, 3, padding=1), nn.BatchNorm2d(64))
+            self.back = nn.Conv2d(64, 16, 3, padding=1)
+            self.head = nn.Linear(16, 5)
+            self.register_buffer("passing", torch.zeros(9), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = torch.relu(self.stem(x))
+            y = y + self.back(torch.relu(self.branch(y)))
+            out: torch.Tensor = self.head(y.mean((2, 3)))
+            return out + self.passing.sum()
+
+    torch.manual_seed(0)
+    net = Net()
+    slow_to_start = halp_fx.latency.Analytic(overhead_ms=1.0)  # so only what is dropped helps
+    pruned = halp_fx.compile(net, 0.83, torch.randn(1, 3, 16, 16), latency=slow_to_start)
+    assert any(name.startswith("_constants") for name in pruned.state_dict())
+    expected = {
+        name: sum(value.numel() for value in network.state_dict().values())
+        for name, network in (("dense", net), ("kept", pruned))
+    }
+    assert summarize(halp_fx.plan_of(pruned))["state_size"] == expected
+
+
 def test_numbers_that_are_not_finite_are_text(plan: Plan) -> None:
     parsed = json.loads(to_json(with_facts(plan, odd=float("nan"), more=[float("inf"), 1])))
     assert parsed["facts"]["odd"] == "nan"
@@ -96,7 +126,7 @@ def test_of_a_network_that_was_loaded_the_figures_are_given(loaded: Plan) -> Non
     assert summary["met"] is True
     assert 0 < summary["value_kept"] <= 1
     assert summary["facts"]["saliency"] == summary["saliency"] == "magnitude"
-    for unknown in ("model", "state_size", "groups", "pins", "opaque"):
+    for unknown in ("model", "groups", "pins", "opaque"):
         assert summary[unknown] is None
     assert json.loads(to_json(loaded)) == summary
 
@@ -107,6 +137,7 @@ def test_of_a_network_that_was_loaded_the_text_leaves_out_what_is_not_known(load
     assert text.startswith("# Network, pruned to a latency budget")
     assert "takes 2.500 ms and meets the budget" in text
     assert "| latency by the table |" in text
+    assert "| numbers in the state dict | 3,208 |" in text
     assert "## Facts of the run" in text
-    for unknown in ("None", "## Groups", "had to stay", "held whole", "state dict"):
+    for unknown in ("None", "## Groups", "had to stay", "held whole"):
         assert unknown not in text

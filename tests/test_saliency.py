@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from halp_fx.errors import InputError, SaliencyError
 from halp_fx.passes.groups import find_groups
@@ -205,6 +206,39 @@ def test_data_may_be_a_generator_and_inputs_a_tuple() -> None:
     )
     assert seen == [(1, 1), (2, 2)]
     assert found.method == "both"
+
+
+def test_data_may_be_a_loader_of_a_stream() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            yield from batches(2)
+
+    groups = groups_of(make())
+    found = score(groups, DataLoader(Stream(), batch_size=None), F.cross_entropy)
+    assert all(values.any() for values in found.scores)
+
+
+def test_gradients_of_embeddings_may_be_sparse() -> None:
+    class Words(nn.Module):
+        def __init__(self, sparse: bool) -> None:
+            super().__init__()
+            self.table = nn.Embedding(9, 8, sparse=sparse)
+            self.fc = nn.Linear(8, 3)
+
+        def forward(self, words: Tensor) -> Tensor:
+            out: Tensor = self.fc(self.table(words))
+            return out
+
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randint(0, 9, (4,), generator=generator), torch.arange(4) % 3)]
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        groups = find_groups(trace(Words(sparse), data[0][0]))
+        found.append(score(groups, data, F.cross_entropy, "fisher").scores)
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other)
+        assert one.any()
 
 
 def squared_changes(model: TwoLayers, inputs: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import copy
 import random
+import sys
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -397,6 +399,23 @@ def test_checkpoints_are_checkpoints_again_after_an_error() -> None:
         trace(network(forward), torch.randn(2, 3, 8, 8))
     assert checkpoint is before is torch.utils.checkpoint.checkpoint
     assert not in_checkpoint()
+
+
+def test_what_is_imported_while_a_network_is_traced_has_checkpoints_afterwards() -> None:
+    late = types.ModuleType("imported_late")
+
+    def forward(self: Any, x: Tensor) -> Any:
+        if "imported_late" not in sys.modules:
+            late.kept = torch.utils.checkpoint.checkpoint  # as its import line does
+            sys.modules["imported_late"] = late
+        return self.head(late.kept(self.features, x, use_reentrant=False))
+
+    try:
+        with pytest.warns(UserWarning, match="checkpoint"):
+            trace(network(forward), torch.randn(2, 3, 8, 8))
+        assert late.kept is checkpoint
+    finally:
+        sys.modules.pop("imported_late", None)
 
 
 def test_outputs_of_another_precision_are_refused() -> None:

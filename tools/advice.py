@@ -12,13 +12,13 @@ from torch import nn
 
 from halp_fx.errors import InfeasibleError
 from halp_fx.latency import Source, Stored, measure_network
+from halp_fx.passes.rules.widths import MIN_SHARE, Widths
 from halp_fx.passes.saliency import score
 from halp_fx.passes.select import select
 from halp_fx.types import ChannelGroups, LatencyModel
 
 __all__ = ["Advice", "advice_of", "advice_text"]
 
-_MIN_SHARE = 0.1  # as halp_fx.compile keeps of each group
 _NEARLY_NOTHING = 1e-6  # share of the dense latency that no plan can reach
 _LITTLE = 0.05  # a share below this hardly matters
 
@@ -72,7 +72,7 @@ def _least_ms(groups: ChannelGroups, model: LatencyModel) -> float:
             score(groups, None, None, "magnitude"),
             model,
             _NEARLY_NOTHING * model.dense_ms,
-            min_share=_MIN_SHARE,
+            allowed=Widths(min_share=MIN_SHARE),
         )
     except InfeasibleError as error:
         return error.least

@@ -1,4 +1,4 @@
-"""The command line `halp-fx`: groups, profile, prune and bench."""
+"""The command line `halp-fx`: groups, profile, prune, sweep, bench and experiment."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from halp_fx._version import __version__
 from halp_fx.detection import is_detector
 from halp_fx.errors import InputError
 from halp_fx.passes.groups import find_groups
+from halp_fx.passes.rules.widths import MIN_SHARE
 from halp_fx.passes.trace import trace
 from halp_fx.tools import bench, bench_latency, bench_solve, bench_speedup, cli_profile, inspector
 from halp_fx.tools import coverage as sweeps
@@ -208,7 +209,7 @@ def prune(
     min_share: Annotated[
         float,
         typer.Option("--min-share", help="Share of its channels that each group keeps at least."),
-    ] = 0.1,
+    ] = MIN_SHARE,
     min_width: Annotated[
         int, typer.Option("--min-width", help="Channels that each group keeps at least.")
     ] = 0,

@@ -160,7 +160,7 @@ def load(
             images = images[:1] * batch
         return (network, images) if whole else _tensor_part(network, images)
     if batch is not None:
-        example = _of_batch(trace(network, example).example_inputs, batch)
+        example = _of_batch(trace(network, example, quiet=True).example_inputs, batch)
     return network, example
 
 

@@ -11,19 +11,13 @@ from torch import fx, nn
 
 from halp_fx.cores.calls import Call
 from halp_fx.errors import TraceError
+from halp_fx.passes.rules.structure import HOOKS
 
-__all__ = ["CUTS", "HOOKS", "Flow", "assemble", "cut_name", "side_by_side"]
+__all__ = ["CUTS", "Flow", "assemble", "cut_name", "side_by_side"]
 
 # `flow(run, *inputs)` calls `run(part, *args)` in turn and returns what must stay as it is.
 Flow = Callable[..., Any]
 CUTS = "_core_cuts"
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
 
 
 def cut_name(side: str, part: int, place: int) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from halp_fx.cores.assembly import CUTS, HOOKS, cut_name
+from halp_fx.cores.assembly import CUTS, cut_name
 from halp_fx.cores.calls import Call
 from halp_fx.errors import InputError, TraceError
-from halp_fx.passes.rules.structure import named_tensors, tensor_at
+from halp_fx.passes.rules.structure import HOOKS, named_tensors, tensor_at
 
 __all__ = ["core_of", "put_back"]
 

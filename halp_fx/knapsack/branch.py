@@ -132,7 +132,6 @@ class Search:
         self.clock = clock
         problem = relaxation.problem
         self.offsets = problem.offsets
-        self.variable = np.repeat(np.arange(len(problem.values)), np.diff(self.offsets))
         self.settled = -np.inf  # highest bound of what was put aside
         self.open: list[tuple[float, int, Box]] = []
         self._number = 0

@@ -90,7 +90,6 @@ class Elimination:
         self._sizes = self.problem.sizes
         self._count = len(self.problem.values)
         nodes, self._equations = self._closure()
-        self.nodes = frozenset(nodes)
         self.own_variables = tuple(sorted(n for n in nodes if n < self._count))
         plans = self._order(nodes)
         self._compile(plans)

@@ -119,7 +119,8 @@ def solve_several(
         # One budget decides: branch and bound may close what its price leaves open.
         alone = solve(values, *constraints[dual.binding], gap=gap)
         bound = min(bound, alone.bound)
-        pool.offer(_positions(alone.levels, keep)[None], np.eye(budgets.size)[dual.binding])
+        if all(level in k for level, k in zip(alone.levels, keep, strict=True)):
+            pool.offer(_positions(alone.levels, keep)[None], np.eye(budgets.size)[dual.binding])
     found = pool.levels
     if found is None:
         raise InfeasibleError(

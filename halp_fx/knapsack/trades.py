@@ -20,7 +20,6 @@ class Trades:
     Args:
         problems: one a constraint; same variables and levels.
         budgets: (constraints,) highest costs.
-        prices: (constraints,) what a unit of each cost is worth.
     """
 
     def __init__(self, problems: Sequence[Problem], budgets: FloatArray) -> None:

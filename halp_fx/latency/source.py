@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..errors import DeviceMismatchError, HalpError, InputError, LatencyError
+from ..errors import DeviceMismatchError, HalpError, InputError, LatencyError, warn_caller
 from .analytic import Analytic
 from .backend import Backend
 from .device import differences, fingerprint_fields, summary
@@ -139,13 +138,12 @@ def resolve_backend(
     raise InputError(f"latency is {latency!r}. {_ACCEPTED}")
 
 
-def tell_foreign(source: Source, stacklevel: int) -> None:
+def tell_foreign(source: Source) -> None:
     """Warn where times are only looked up, and the result is not measured here."""
     if isinstance(source.backend, Stored):
-        warnings.warn(
+        warn_caller(
             "the latency table was made on another device or with other settings: times are "
-            f"looked up in it, and the result is not measured here ({source.backend.differs})",
-            stacklevel=stacklevel + 1,
+            f"looked up in it, and the result is not measured here ({source.backend.differs})"
         )
 
 

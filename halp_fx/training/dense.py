@@ -52,9 +52,6 @@ class Dense:
         traced = trace(substitute_copy(model, {}), example_inputs)
         scope = scope_of(traced.root, include, exclude)
         groups = find_groups(traced, exact=exact, scope=scope)
-        if scope is not None:  # a branch with channels that are wanted whole is not dropped
-            free = tuple(b for b in groups.branches if not scope.holds(b.tensors))
-            groups = replace(groups, branches=free)
         if not groups.groups:
             reasons = sorted({f"{pin.name}: {pin.reason}" for pin in groups.pins})[:10]
             raise NothingToPruneError(
@@ -73,12 +70,18 @@ class Dense:
     def build(self, plan: Plan) -> fx.GraphModule:
         """The network of a plan, cut from the dense tensors as they are."""
         network = rewrite(plan)
-        network.meta["halp_fx"] = self.without_network(plan)
+        network.meta["halp_fx"] = self.without_network(network.meta["halp_fx"])
         return network
 
     def without_network(self, plan: Plan) -> Plan:
         """The plan as a network carries it, which should not keep the dense one alive."""
         return replace(plan, groups=self.groups.without_network())
+
+    @staticmethod
+    def with_sizes(plan: Plan, network: fx.GraphModule) -> Plan:
+        """The plan with how much the network that it is of holds, in its report."""
+        sizes = network.meta["halp_fx"].report.get("state_size")
+        return replace(plan, report={**plan.report, "state_size": sizes})
 
     def shrink(self, present: fx.GraphModule, before: Plan, after: Plan) -> fx.GraphModule:
         """The network of the plan `after` with the values of the present one, of `before`."""

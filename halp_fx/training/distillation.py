@@ -14,6 +14,7 @@ from halp_fx.api import plan_of
 from halp_fx.errors import InputError
 from halp_fx.modes import in_eval
 from halp_fx.passes.rules.scope import output_dims
+from halp_fx.passes.rules.scored import is_gone
 
 __all__ = ["Distillation", "distillation_loss"]
 
@@ -223,8 +224,7 @@ def _check_gone(network: nn.Module, name: str) -> None:
     Raises:
         InputError: it is there, but nobody calls it, or the hook on it is not.
     """
-    kept = _kept(network, name)
-    if not any(index is not None and not len(index) for index in kept):
+    if not is_gone(_kept(network, name)):
         raise InputError(
             f"features has {name!r}, but no output of it is seen in both networks: a norm of a "
             "library's own class is no layer any more once it was traced, and a network that was "

@@ -14,7 +14,7 @@ from halp_fx.errors import InputError
 from halp_fx.latency import resolve_backend, tell_foreign
 from halp_fx.passes.latency import price
 from halp_fx.passes.rules.scope import Selection
-from halp_fx.passes.rules.widths import Widths
+from halp_fx.passes.rules.widths import MIN_SHARE, Widths
 from halp_fx.passes.rules.wrappers import unwrapped
 from halp_fx.passes.select import check_solver
 from halp_fx.random_state import same_random_state
@@ -49,7 +49,6 @@ from halp_fx.types import Plan
 
 __all__ = ["GradualPruner"]
 
-_MIN_SHARE = 0.1
 _HALVINGS = 16  # of GradScaler, from 2**16: so many steps may overflow at first
 
 
@@ -116,7 +115,7 @@ class GradualPruner:
         exact: bool = False,
         solver: str = "joint",
         drop_blocks: bool = True,
-        min_share: float | Mapping[str, float] = _MIN_SHARE,
+        min_share: float | Mapping[str, float] = MIN_SHARE,
         min_width: int | Mapping[str, int] = 0,
         round_to: int | Mapping[str, int] | None = None,
         soft: bool = False,
@@ -134,7 +133,7 @@ class GradualPruner:
         limit = parse_budget(budget)
         check_solver(solver, limit.further)
         if isinstance(min_share, Mapping):
-            min_share = {"*": _MIN_SHARE, **min_share}
+            min_share = {"*": MIN_SHARE, **min_share}
         allowed = Widths(min_share=min_share, min_width=min_width, round_to=round_to)
         model, self._wrap = wrapping_of(model, wrap)
         model = unwrapped(model, stacklevel=3)
@@ -155,7 +154,7 @@ class GradualPruner:
 
             def prepare() -> str:
                 source = resolve_backend(latency, device=device)
-                tell_foreign(source, stacklevel=5)
+                tell_foreign(source)
                 self._chooser = Chooser(
                     groups, price(groups, source), source, limit, schedule, steps, widths, solver,
                     drop_blocks, verify,
@@ -180,8 +179,9 @@ class GradualPruner:
                 "round_to": one_or_all([own.round_to for own in widths]),
                 **json.loads(agreed(prepare, device)),
             }
-            self._built = self._chosen = self._dense.whole()
-            self.network: fx.GraphModule = self._dense.build(self._built)
+            whole = self._dense.whole()
+            self.network: fx.GraphModule = self._dense.build(whole)
+            self._built = self._chosen = self._dense.with_sizes(whole, self.network)
             self._scores = GradientScores(groups, saliency, smoothing)
             self._scores.follow(self.network, self._built.units, self._built.kept)
             self._mask = Mask(groups)
@@ -380,11 +380,13 @@ class GradualPruner:
         self._mask.lift(copies)
         pairs = zip(before.units, chosen.units, strict=True)
         if all(len(old) == len(new) for old, new in pairs):
+            self._chosen = chosen = dense.with_sizes(chosen, network)
             network.meta["halp_fx"] = dense.without_network(chosen)
             self._built = chosen
             return False
         shrunk = [dense.shrink(copy, before, chosen) for copy in copies]
         fresh = dense.shrink(network, before, chosen)
+        self._chosen = chosen = dense.with_sizes(chosen, fresh)
         cuts = dense.cuts(network, before, chosen)
         commits = [carry_optimizer(each, network, cuts) for each in optimizers]
         for copy, new in zip(copies, shrunk, strict=True):

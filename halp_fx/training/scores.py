@@ -11,7 +11,13 @@ import torch
 from torch import fx, nn
 
 from halp_fx.errors import InputError, SaliencyError
-from halp_fx.passes.rules.scored import ScoredMembers
+from halp_fx.passes.rules.scored import (
+    ScoredMembers,
+    finest_dtype,
+    is_gone,
+    places_of,
+    sums_of_products,
+)
 from halp_fx.passes.rules.structure import tensor_at
 from halp_fx.passes.saliency import BY_LOSS, score
 from halp_fx.training.processes import sum_up
@@ -70,18 +76,18 @@ class GradientScores:
         self._alive = [torch.from_numpy(u).to(device) for u in units]
         self._parts = []
         for number, (group, own) in enumerate(zip(self.groups.groups, units, strict=True)):
-            left = [m for m in group.members if len(own) and not _gone(m, kept)]
+            left = [m for m in group.members if len(own) and not is_gone(kept[m.name])]
             members = self._members.of(
                 number, left, lambda name: tensor_at(network, name).requires_grad
             )
             self._parts.append([_part(network, m, own, kept) for m in members])
         if not self.totals:
             self.totals = [
-                torch.zeros(n, dtype=_finest(device), device=device)
+                torch.zeros(n, dtype=finest_dtype(device), device=device)
                 for n in self.groups.dense_units
             ]
             self.weights = [
-                torch.zeros((), dtype=_finest(device), device=device) for _ in self.totals
+                torch.zeros((), dtype=finest_dtype(device), device=device) for _ in self.totals
             ]
         self._move(device)
         for total, alive in zip(self.totals, self._alive, strict=True):
@@ -116,7 +122,8 @@ class GradientScores:
             if all(part.parameter.grad is None for part in parts):
                 continue
             self._reached[g] = True
-            value = torch.stack([_products(part) for part in parts]).sum(0) / scale
+            products = [sums_of_products(p.parameter, p.dim, p.index) for p in parts]
+            value = torch.stack(products).sum(0) / scale
             value = value.abs() ** BY_LOSS[self.method]
             # No branch on the values: that would wait for the device in every step.
             fine = torch.isfinite(value).all()
@@ -234,8 +241,8 @@ class GradientScores:
         """Follow a network that was moved to another device."""
         if all(t.device == device for t in (*self.totals, *self._alive)):
             return
-        self.totals = [t.to(device, _finest(device)) for t in self.totals]
-        self.weights = [w.to(device, _finest(device)) for w in self.weights]
+        self.totals = [t.to(device, finest_dtype(device)) for t in self.totals]
+        self.weights = [w.to(device, finest_dtype(device)) for w in self.weights]
         self._alive = [own.to(device) for own in self._alive]
         if self._shown is not None:
             self._shown = [own.to(device) for own in self._shown]
@@ -273,36 +280,8 @@ def _alive_groups(groups: ChannelGroups, units: Sequence[IntArray]) -> ChannelGr
     )
 
 
-def _gone(member: Member, kept: _Kept) -> bool:
-    """Whether the parameter went with a branch that was dropped whole."""
-    return any(index is not None and not len(index) for index in kept[member.name])
-
-
 def _part(network: fx.GraphModule, member: Member, units: IntArray, kept: _Kept) -> _Part:
     parameter = tensor_at(network, member.name)
     assert isinstance(parameter, nn.Parameter)
-    index = member.index[units]
-    survivors = kept[member.name][member.dim]
-    if survivors is not None:
-        index = np.searchsorted(survivors.numpy(), index)
+    index = places_of(member, units, kept[member.name])
     return _Part(parameter, member.dim, torch.from_numpy(index).to(parameter.device))
-
-
-def _finest(device: torch.device) -> torch.dtype:
-    """What scores are summed up in: float64, which Apple's GPUs have not."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _products(part: _Part) -> torch.Tensor:
-    """Sum of `W * dW` over all that each unit owns, (units alive,) in the finest dtype."""
-    gradient, finest = part.parameter.grad, _finest(part.index.device)
-    if gradient is None:
-        return torch.zeros(len(part.index), dtype=finest, device=part.index.device)
-    if gradient.is_sparse:
-        gradient = gradient.to_dense()
-    weight = part.parameter.detach()
-    if weight.dtype in (torch.float16, torch.bfloat16):
-        weight = weight.float()
-    product = (weight * gradient.detach().to(weight.dtype)).movedim(part.dim, 0)
-    rows = product.reshape(product.shape[0], -1).sum(1, dtype=finest)
-    return rows[part.index].sum(1)

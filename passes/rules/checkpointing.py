@@ -42,16 +42,19 @@ def opened_checkpoints() -> Iterator[None]:
     """
     original = library.checkpoint
     # Most files have the function by a name of their own: from torch.utils.checkpoint import ...
-    holders = [
-        (space, name)
-        for space in [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]
-        for name, value in list(space.items())
-        if value is original
-    ]
-    for space, name in holders:
-        space[name] = _called
+    _put(_called, original)
     try:
         yield
     finally:
-        for space, name in holders:
-            space[name] = original
+        _put(original, _called)  # what was imported meanwhile has it too
+
+
+def _put(new: Callable[..., Any], old: Callable[..., Any]) -> None:
+    """One function in place of another in all modules; not in this one, which defines it."""
+    for module in list(sys.modules.values()):
+        space = getattr(module, "__dict__", {})
+        if space is globals():
+            continue
+        for name, value in list(space.items()):
+            if value is old:
+                space[name] = new

@@ -13,7 +13,7 @@ from torch import fx
 
 from halp_fx.types import ChannelGroups, Extent, TensorSpec, Work
 
-__all__ = ["Part", "axes_of", "kernel_parts", "moved_bytes", "remainder", "roofline"]
+__all__ = ["Part", "axes_of", "kernel_parts", "remainder", "roofline"]
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,9 @@ def _is_simple(work: list[Work]) -> bool:
 
 def _part(node: fx.Node, work: tuple[Work, ...]) -> Part:
     first, last = work[0], work[-1]
-    reads, inner = list(first.reads), {id(w) for item in work for w in item.writes}
+    reads = list(first.reads)
     for item in work[1:]:
-        reads += [r for r in item.reads[1:] if id(r) not in inner]
+        reads += item.reads[1:]
     return Part((node.name,), work, tuple(reads), last.writes)
 
 
@@ -222,13 +222,6 @@ def _extents(part: Part) -> Iterable[Extent]:
         yield from item.factors
     for spec in (*part.reads, *part.writes):
         yield from spec.extents
-
-
-def moved_bytes(part: Part) -> float:
-    """Bytes that the dense kernel reads and writes."""
-    return float(
-        sum(math.prod(s.dense_shape) * s.dtype.itemsize for s in (*part.reads, *part.writes))
-    )
 
 
 def roofline(

@@ -1,19 +1,20 @@
-"""Which parameters a group's scores are read from."""
+"""Which parameters a group's scores by gradients are read from, and what is read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from halp_fx.passes.rules.scope import output_dims, owner_of
 from halp_fx.passes.rules.structure import named_tensors
-from halp_fx.types import ChannelGroups, Member, TensorSpec
+from halp_fx.types import ChannelGroups, IntArray, Member, TensorSpec
 
-__all__ = ["ScoredMembers"]
+__all__ = ["ScoredMembers", "finest_dtype", "is_gone", "places_of", "sums_of_products"]
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 # Function -> position of its weight, which the bias follows.
@@ -76,6 +77,47 @@ class ScoredMembers:
     def _once(self, members: Sequence[Member]) -> list[Member]:
         known = [m for m in reversed(members) if m.name in self.parameters]
         return list(reversed({id(self.parameters[m.name]): m for m in known}.values()))
+
+
+def is_gone(kept: Sequence[torch.Tensor | None]) -> bool:
+    """Whether a parameter went with a branch that was dropped whole, by what is kept of it."""
+    return any(index is not None and not len(index) for index in kept)
+
+
+def places_of(member: Member, units: IntArray, kept: Sequence[torch.Tensor | None]) -> IntArray:
+    """Where the slices of these units are in what is left of a parameter, (units, width)."""
+    own = member.index[units]
+    survivors = kept[member.dim]
+    return own if survivors is None else np.searchsorted(survivors.numpy(), own)
+
+
+def finest_dtype(device: torch.device) -> torch.dtype:
+    """What scores are summed up in: float64, which Apple's GPUs have not."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def sums_of_products(parameter: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """Sum of `W * dW` over all that each unit owns, in the finest dtype.
+
+    Args:
+        parameter: with its gradient; without one all is 0.
+        dim: along which units own slices.
+        index: (units, width), the slices of each.
+
+    Returns:
+        (units,), on the device of the parameter.
+    """
+    gradient, finest = parameter.grad, finest_dtype(parameter.device)
+    if gradient is None:
+        return torch.zeros(len(index), dtype=finest, device=parameter.device)
+    if gradient.is_sparse:
+        gradient = gradient.to_dense()
+    weight = parameter.detach()
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        weight = weight.float()
+    product = (weight * gradient.detach().to(weight.dtype)).movedim(dim, 0)
+    rows = product.reshape(product.shape[0], -1).sum(1, dtype=finest)
+    return rows[index.to(rows.device)].sum(1)
 
 
 def _norms(groups: ChannelGroups) -> Iterator[tuple[fx.Node, list[str], bool]]:

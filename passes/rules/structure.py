@@ -14,6 +14,7 @@ from torch import nn
 from halp_fx.errors import InputError
 
 __all__ = [
+    "HOOKS",
     "detached_copy",
     "empty_like",
     "keep_values",
@@ -24,6 +25,15 @@ __all__ = [
     "tensor_at",
     "without_data",
 ]
+
+# Where a module keeps the hooks of its forward pass.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 _MAX_VALUES = 1 << 16  # integer tensors up to this size keep their values: they may be indices
 

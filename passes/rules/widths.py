@@ -13,7 +13,9 @@ from halp_fx.passes.rules.scope import check_patterns, matches, output_dims, own
 from halp_fx.passes.rules.structure import tensor_at
 from halp_fx.types import ChannelGroups, Group
 
-__all__ = ["GroupWidths", "Widths"]
+__all__ = ["MIN_SHARE", "GroupWidths", "Widths"]
+
+MIN_SHARE = 0.1  # of its units that a group keeps where nothing else is said
 
 Share: TypeAlias = float | Mapping[str, float]
 Count: TypeAlias = int | Mapping[str, int]

@@ -100,7 +100,7 @@ class WorkLog:
                 kind = "pointwise"
             # Reductions and pooling touch each input, windows each element of a window.
             largest = max([*tensors, *out[:1]], key=lambda s: math.prod(s.shape))
-            window = math.prod(call.args[1]) if "pool" in name and "adaptive" not in name else 1
+            window = math.prod(call.args[1]) if _has_window(name) else 1
             touched = out[0] if window > 1 or kind == "pointwise" else largest
             flops = float(_PER_ELEMENT.get(name, 1) * window)
             factors = _dims(touched)
@@ -132,6 +132,10 @@ class WorkLog:
             )
 
 
+def _has_window(name: str) -> bool:
+    return "pool" in name and "adaptive" not in name and "unpool" not in name
+
+
 def _snap(tensor: torch.Tensor) -> Snapshot:
     return Snapshot(tuple(tensor.shape), tensor.dtype, dict(labels_of(tensor)))
 
@@ -141,7 +145,7 @@ def _dims(snap: Snapshot) -> tuple[tuple[Snapshot, int], ...]:
 
 
 def _convolution(call: OpCall, tensors: list[Snapshot], out: list[Snapshot]) -> Any:
-    """2 multiply-adds for each output (input, when transposed) and each weight of a filter."""
+    """2 operations for each output (input, when transposed) and each weight of a filter."""
     source, weight = tensors[0], tensors[1]
     touched = source if call.args[6] else out[0]
     kernel = tuple((weight, d) for d in range(1, len(weight.shape)))

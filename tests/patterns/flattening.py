@@ -179,7 +179,7 @@ class Pools(nn.Module):
         return self.out(self.four(self.three(y)).flatten(1))
 
 
-@pattern("max_unpool", free=(("b.0.weight", 0),))
+@pattern("max_unpool", free=(("a.0.weight", 0), ("b.0.weight", 0)))
 class MaxUnpool(nn.Module):
     """SegNet: indices of a max pool place the values again; channels stay in step."""
 

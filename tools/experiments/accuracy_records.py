@@ -6,7 +6,7 @@ import base64
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -105,6 +105,7 @@ def _lines(path: Path) -> Iterator[Record]:
     if not path.is_file():
         return
     known = {field.name for field in fields(Record)}
+    needed = {f.name for f in fields(Record) if f.default is f.default_factory is MISSING}
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -117,7 +118,7 @@ def _lines(path: Path) -> Iterator[Record]:
             raise InputError(
                 f"line {number} of {path} is no record: {error}; mend it or move the file away"
             ) from error
-        if not isinstance(values, dict) or not {"network", "method", "budget"} <= set(values):
+        if not isinstance(values, dict) or not needed <= set(values):
             raise InputError(f"line {number} of {path} is no record: mend it or move the file away")
         yield Record(**{name: value for name, value in values.items() if name in known})
 
