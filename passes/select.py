@@ -16,6 +16,7 @@ import numpy as np
 from halp_fx.errors import BudgetError, InputError
 from halp_fx.knapsack import Term
 from halp_fx.passes.rules.counts import mac_counts, parameter_counts, total
+from halp_fx.passes.rules.kernels import reduced
 from halp_fx.passes.rules.memory import memory_moments, peak
 from halp_fx.passes.rules.plan import kept_indices
 from halp_fx.passes.rules.solving import Knapsack, Limit, solve_within, terms_of
@@ -23,7 +24,6 @@ from halp_fx.passes.rules.widths import Widths
 from halp_fx.types import (
     Branch,
     ChannelGroups,
-    Extent,
     Group,
     IntArray,
     Kernel,
@@ -298,11 +298,6 @@ def _output_axis(groups: ChannelGroups, kernel: Kernel) -> int:
     spec = groups.outputs.get(kernel.nodes[-1]) if kernel.nodes else None
     if not isinstance(spec, TensorSpec):
         return -1
-    keys = [_key(axis) for axis in kernel.axes]
-    return next((keys.index(_key(e)) for e in spec.extents if e.parts and _key(e) in keys), -1)
-
-
-def _key(extent: Extent) -> tuple[tuple[int, int], ...]:
-    """What extents that are multiples of each other have in common."""
-    divisor = math.gcd(*(channels for _, channels in extent.parts))
-    return tuple((group, channels // divisor) for group, channels in extent.parts)
+    keys = [reduced(axis)[0] for axis in kernel.axes]
+    own = [reduced(extent)[0] for extent in spec.extents if extent.parts]
+    return next((keys.index(key) for key in own if key in keys), -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -129,9 +129,7 @@ def profile(
 ) -> None:
     """Measures what each width costs on this device; leaves a latency table."""
     del debug
-    if calibrate in (1, 2):
-        raise InputError(f"--calibrate {calibrate}: it takes at least 3 networks, or 0 for none")
-    elsewhere = {
+    measured_here = {
         "--backend": backend != OnnxRuntime.name,
         "--threads": threads is not None,
         "--device": device is not None,
@@ -142,47 +140,30 @@ def profile(
         "--advise": advise,
         "--calibrate": calibrate is not None,
     }
+    of_network = {"--batch": batch is not None, "--input": shapes is not None}
     if results is not None:
-        _refuse(
-            "--import",
-            {
-                **elsewhere,
-                "--bundle": bundle is not None,
-                "--batch": batch is not None,
-                "--input": shapes is not None,
-            },
-            "the results say how they were measured",
-        )
-        if output is None:
-            raise InputError(
-                "--import takes -o FILE: a device that is elsewhere has a table of its own, as "
-                "-o board.sqlite"
-            )
+        here = {**measured_here, **of_network, "--bundle": bundle is not None}
+        _refuse("--import", here, "the results say how they were measured")
         _take(results, output)
         return
     if bundle is not None:
         _refuse(
             "--bundle",
-            {**elsewhere, "--output": output is not None},
+            {**measured_here, "--output": output is not None},
             "a bundle is measured by ONNX Runtime, with the options of its run.py on the device "
             "(python run.py --help)",
         )
+        _write_bundle(model, *load(model, shapes, batch=batch), bundle)
+        return
     if advise:
         _refuse(
             "--advise",
             {"--calibrate": calibrate is not None},
             "it is wanted soon, and can be had without knowing the last few percent",
         )
+    if calibrate in (1, 2):
+        raise InputError(f"--calibrate {calibrate}: it takes at least 3 networks, or 0 for none")
     network, example = load(model, shapes, batch=batch)
-    if bundle is not None:
-        with progress_bars() as progress:
-            count = profiler.write_bundle_of(network, example, bundle, progress=progress)
-        err().print(
-            f"wrote {escape(str(bundle))}: {count} kernels. Copy it to the device, run there "
-            f"'python run.py -o results.jsonl', and here halp-fx profile {escape(model)} "
-            "--import results.jsonl -o board.sqlite"
-        )
-        return
     source = profiler.source_of(
         backend,
         output,
@@ -213,7 +194,22 @@ def _refuse(option: str, given: Mapping[str, bool], reason: str) -> None:
         raise InputError(f"{option} takes no {', '.join(idle)}: {reason}")
 
 
-def _take(results: Path, output: Path) -> None:
+def _write_bundle(model: str, network: Any, example: Any, folder: Path) -> None:
+    with progress_bars() as progress:
+        count = profiler.write_bundle_of(network, example, folder, progress=progress)
+    err().print(
+        f"wrote {escape(str(folder))}: {count} kernels. Copy it to the device, run there "
+        f"'python run.py -o results.jsonl', and here halp-fx profile {escape(model)} "
+        "--import results.jsonl -o board.sqlite"
+    )
+
+
+def _take(results: Path, output: Path | None) -> None:
+    if output is None:
+        raise InputError(
+            "--import takes -o FILE: a device that is elsewhere has a table of its own, as "
+            "-o board.sqlite"
+        )
     with LatencyTable.open(output) as table:
         device = import_results(results, table)
         count = len(table.entries(device))

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from halp_fx.minibatches import device_of
+from halp_fx.passes.rules.kernels import specs_in
 from halp_fx.types import Branch, Extent, Group, TensorSpec, Work
 
 __all__ = ["branch_constant", "find_branches"]
@@ -88,7 +89,7 @@ def _places(
     where: list[set[str]] = [set() for _ in groups]
     users: dict[str, list[str]] = {}
     for node in module.graph.nodes:
-        for spec in _specs(outputs.get(node.name)):
+        for spec in specs_in(outputs.get(node.name)):
             for extent in spec.extents:
                 for g, _ in extent.parts:
                     where[g].add(node.name)
@@ -153,7 +154,7 @@ def _becomes_constant(
 ) -> bool:
     constant: set[fx.Node] = set()
     for node in operand.graph.nodes:
-        if node.op == "get_attr" or not _specs(outputs.get(node.name)):
+        if node.op == "get_attr" or not any(specs_in(outputs.get(node.name))):
             constant.add(node)  # a parameter, or no tensor at all
         elif node in region and node.all_input_nodes:
             target = module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -197,15 +198,6 @@ def _elementwise_nodes(module: fx.GraphModule, work: tuple[Work, ...]) -> set[st
     return {name for name, found in kinds.items() if found <= {"pointwise"}}
 
 
-def _specs(value: Any) -> list[TensorSpec]:
-    if isinstance(value, TensorSpec):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value
-    if isinstance(value, (tuple, list, dict)):
-        return [spec for item in items for spec in _specs(item)]
-    return []
-
-
 def _owned_tensors(module: fx.GraphModule, region: set[fx.Node]) -> tuple[str, ...]:
     """Parameters and buffers that only the region reads."""
     names: set[str] = set()
@@ -237,7 +229,7 @@ def branch_constant(
         if node.op == "get_attr":
             path, _, leaf = str(node.target).rpartition(".")
             known[node] = getattr(module.get_submodule(path), leaf)
-        elif not _specs(outputs.get(node.name)):
+        elif not any(specs_in(outputs.get(node.name))):
             known[node] = values.get(node.name)
     with torch.no_grad():
         for node in (nodes[name] for name in branch.nodes):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from halp_fx.latency import Analytic, GridCost, Step, SteppedCost, find_step, probe_sizes
-from halp_fx.passes.rules.kernels import Part, roofline
+from halp_fx.passes.rules.kernels import Part, reduced, roofline
 from halp_fx.types import ChannelGroups, Extent, IntArray, Kernel
 
 __all__ = ["Grid", "Kept", "Probe", "probes", "steps_of"]
@@ -209,9 +209,8 @@ def _kind(grid: Grid) -> tuple[Any, ...] | None:
     keys = [axis.parts for axis in grid.axes]
 
     def place(extent: Extent) -> int | None:
-        own = math.gcd(*(c for _, c in extent.parts)) if extent.parts else 1
-        reduced = tuple((g, c // own) for g, c in extent.parts)
-        return keys.index(reduced) if reduced in keys else None
+        key = reduced(extent)[0] if extent.parts else ()
+        return keys.index(key) if key in keys else None
 
     pattern = tuple(tuple(place(e) for e in spec.extents) for spec in main.reads)
     window: tuple[int, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import fx
 
 from halp_fx.types import ChannelGroups, Extent, TensorSpec, Work
 
-__all__ = ["Part", "axes_of", "kernel_parts", "remainder", "roofline"]
+__all__ = ["Part", "axes_of", "kernel_parts", "reduced", "remainder", "roofline", "specs_in"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _copy(node: fx.Node, groups: ChannelGroups) -> Work | None:
     )
     if not (turned or sliced or node.target in _PIECES) or source.op == "get_attr":
         return None
-    writes = tuple(_specs(groups.outputs.get(node.name)))
+    writes = tuple(specs_in(groups.outputs.get(node.name)))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return Work(node.name, name, "other", 0.0, (), (read,), writes) if writes else None
 
@@ -146,7 +146,7 @@ def _joined(
         spec
         for n in node.all_input_nodes
         if n is not before
-        for spec in _specs(groups.outputs.get(n.name))
+        for spec in specs_in(groups.outputs.get(n.name))
     ]
     return replace(
         part,
@@ -173,12 +173,15 @@ def remainder(part: Part, gone: Collection[str]) -> Part | None:
     return Part(nodes, work, tuple(reads), work[-1].writes)
 
 
-def _specs(value: Any) -> Iterable[TensorSpec]:
+def specs_in(value: Any) -> Iterator[TensorSpec]:
+    """All specs in what a node gives: one, or a container of some."""
     if isinstance(value, TensorSpec):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _specs(item)
+            yield from specs_in(item)
+    elif isinstance(value, dict):
+        yield from specs_in(list(value.values()))
 
 
 @dataclass(frozen=True)
@@ -198,21 +201,22 @@ def axes_of(part: Part) -> tuple[tuple[Extent, ...], Callable[[Extent], _Size]]:
     axes: list[Extent] = []
     known: dict[tuple[tuple[int, int], ...], int] = {}
     for extent in _extents(part):
-        if extent.parts and (key := _reduced(extent)[0]) not in known:
+        if extent.parts and (key := reduced(extent)[0]) not in known:
             known[key] = len(axes)
-            divisor = _reduced(extent)[1]
+            divisor = reduced(extent)[1]
             axes.append(Extent((extent.dense - extent.fixed) // divisor, 0, key))
 
     def locate(extent: Extent) -> _Size:
         if not extent.parts:
             return _Size(extent.dense)
-        key, divisor = _reduced(extent)
+        key, divisor = reduced(extent)
         return _Size(extent.fixed, divisor, known[key])
 
     return tuple(axes), locate
 
 
-def _reduced(extent: Extent) -> tuple[tuple[tuple[int, int], ...], int]:
+def reduced(extent: Extent) -> tuple[tuple[tuple[int, int], ...], int]:
+    """What extents that are multiples of each other have in common, and how many times it."""
     divisor = math.gcd(*(c for _, c in extent.parts))
     return tuple((g, c // divisor) for g, c in extent.parts), divisor
 

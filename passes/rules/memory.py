@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import fx
 
 from halp_fx.passes.rules.counts import Count, count_of, reading, total
-from halp_fx.passes.rules.kernels import axes_of
+from halp_fx.passes.rules.kernels import axes_of, specs_in
 from halp_fx.types import ChannelGroups, TensorSpec
 
 __all__ = ["Moment", "memory_moments", "peak"]
@@ -31,7 +31,7 @@ def memory_moments(groups: ChannelGroups) -> list[Moment]:
         for k, now in enumerate(alive)
         if not (k + 1 < len(alive) and now <= alive[k + 1]) and not (k > 0 and now < alive[k - 1])
     ]
-    specs = {name: list(_specs(groups.outputs.get(name))) for now in most for name in now}
+    specs = {name: list(specs_in(groups.outputs.get(name))) for now in most for name in now}
     return [_bytes(spec for name in sorted(now) for spec in specs[name]) for now in most]
 
 
@@ -76,7 +76,7 @@ def _owners(groups: ChannelGroups) -> dict[str, str]:
     computed = {w.node for w in groups.work if w.kind != "view"}
     owner: dict[str, str] = {}
     for node in groups.traced.module.graph.nodes:
-        if node.op in ("get_attr", "output") or not list(_specs(groups.outputs.get(node.name))):
+        if node.op in ("get_attr", "output") or not list(specs_in(groups.outputs.get(node.name))):
             continue
         source = _viewed(node, owner)
         if node.op == "placeholder" or node.name in computed or source is None:
@@ -88,13 +88,3 @@ def _owners(groups: ChannelGroups) -> dict[str, str]:
 
 def _viewed(node: fx.Node, owner: Mapping[str, str]) -> str | None:
     return next((source.name for source in node.all_input_nodes if source.name in owner), None)
-
-
-def _specs(value: Any) -> Iterator[TensorSpec]:
-    if isinstance(value, TensorSpec):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _specs(item)
-    elif isinstance(value, dict):
-        yield from _specs(list(value.values()))
