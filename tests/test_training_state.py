@@ -15,8 +15,8 @@ from torch import nn
 import halp_fx
 from halp_fx.errors import InputError
 from halp_fx.latency import Analytic
+from halp_fx.passes.rules.scored import finest_dtype
 from halp_fx.training import GradualPruner
-from halp_fx.training.scores import _finest
 from tests.training_networks import Residual, batches, example, network
 
 _DOCS = Path(__file__).resolve().parent.parent / "docs" / "training.md"
@@ -130,8 +130,8 @@ def test_milestones_go_on_when_all_is_gone_that_can_go() -> None:
 
 
 def test_scores_are_summed_up_in_what_the_device_has() -> None:
-    assert _finest(torch.device("cpu")) == torch.float64
-    assert _finest(torch.device("mps")) == torch.float32
+    assert finest_dtype(torch.device("cpu")) == torch.float64
+    assert finest_dtype(torch.device("mps")) == torch.float32
     pruner = _pruner()
     _train(pruner, _sgd(pruner), batches(1))
     pruner._scores.totals = [t.float() for t in pruner._scores.totals]  # as there
