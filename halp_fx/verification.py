@@ -14,7 +14,7 @@ from halp_fx.latency import Source, Stored, Timing, measure_paired
 from halp_fx.passes.rewrite import rewrite
 from halp_fx.types import Plan, Traced
 
-__all__ = ["Check", "can_measure", "verified"]
+__all__ = ["TOLERANCE", "Check", "can_measure", "verified"]
 
 _CHOICES = 4  # how often a network is measured; after all but the last it is chosen again
 _BOUTS = 2  # each network prepared first once
@@ -24,7 +24,7 @@ _ROUNDS = 5  # samples of each network in a bout
 _ROUNDS_OF_TIMES = 16  # the same for a budget in milliseconds: what slows all does not cancel
 _BELOW = 0.995  # of the budget, that is aimed at once it was missed: timers repeat no better
 # By how much a latency may pass the budget at last and count as met.
-_TOLERANCE = 0.01
+TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def verified(
                 "measured_spread_ms": small.spread_ms,
                 "measured_budget_ms": allowed_ms,
                 "measured_rounds": attempt,
-                "met": small.median_ms <= allowed_ms * (1 + _TOLERANCE),
+                "met": small.median_ms <= allowed_ms * (1 + TOLERANCE),
             }
             plan = _noted(plan, i, facts)
             excess = max(excess, small.median_ms / allowed_ms)

@@ -655,7 +655,8 @@ def test_what_does_not_fit_together_is_measured_in_parts(
     def crowded(probes: Any, order: random.Random) -> list[list[float]]:
         sizes.append(len(probes))
         if len(probes) > 3:
-            raise RuntimeError("Failed to allocate memory for requested buffer")
+            lacks = RuntimeError("std::bad_alloc")
+            raise bundle_runner.BundleError("kernel k can't be run") from lacks
         return whole(probes, order)
 
     monkeypatch.setattr(meter, "round_robin", crowded)

@@ -666,6 +666,7 @@ def test_one_call_that_was_held_up_does_not_size_the_block(table: LatencyTable) 
         "Failed to allocate memory for it",
         "Cuda Error in allocate: 2 (out of memory)",
         "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate",
+        "std::bad_alloc",
     ],
 )
 def test_memory_that_lacks_is_told_in_other_words(message: str) -> None:

@@ -48,8 +48,11 @@ _WARM_UP_MS = 200.0  # a call longer than this warms up by itself
 _MAX_CALLS = 1000000  # of a block; a kernel that does nothing would never fill one
 _SURELY = 10  # times the least length of a block, that a short one does not come to by chance
 _RISE_MS = 500.0  # for which a GPU computes before it counts: its clock takes its time to rise
-# How libraries say that memory lacks: ONNX Runtime, CUDA and TensorRT, cuBLAS.
-_NO_MEMORY = ("failed to allocate memory", "out of memory", "cublas_status_alloc_failed")
+# How libraries say that memory lacks: ONNX Runtime, CUDA and TensorRT, cuBLAS, C++, PyTorch, numpy.
+_NO_MEMORY = (
+    "failed to allocate memory", "out of memory", "cublas_status_alloc_failed", "bad_alloc",
+    "can't allocate memory", "unable to allocate",
+)  # fmt: skip
 
 # Model names of virtual machines are often generic ("AMD EPYC"); these tell generations apart.
 _CPUINFO_FIELDS = ("model name", "cpu family", "model", "CPU implementer", "CPU part", "Hardware")
@@ -416,8 +419,14 @@ def _measure_parts(
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)
+    """Whether memory that the device lacks led to an error."""
+    found: Any = error
+    while found is not None:
+        text = str(found).lower()
+        if isinstance(found, MemoryError) or any(words in text for words in _NO_MEMORY):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def _measure_batch(

@@ -23,8 +23,8 @@ _META = "halp_fx_core"
 def put_back(model: nn.Module, calls: Mapping[str, Call], core: fx.GraphModule) -> nn.Module:
     """A copy of `model` in which the parts are those of the pruned core.
 
-    Each part keeps its class, its name and its attributes; its `forward` runs its share of the
-    graph. Everything else is copied as it is.
+    Each part is of a subclass of its class, and keeps its name and its attributes; its `forward`
+    runs its share of the graph. Everything else is copied as it is.
 
     Raises:
         TraceError: a part reads what is not among its arguments.

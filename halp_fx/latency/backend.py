@@ -76,8 +76,10 @@ class Backend(Protocol):
     (`BlockTimer`). `min_sample_ms` and `samples`, where present, replace the defaults of
     `measure_jobs`. With `copies = True` a transpose or a split of a tensor is a kernel, where
     PyTorch only looks at it in another way. With `coarse = True` few widths are measured, for
-    measurements that are dear. `sentinel` is the shape (N, C, H, W) of the images that the
-    reference convolution takes, where (1, 16, 28, 28) is too small to tell how fast the device is.
+    measurements that are dear, and a finished network is looked at once. `sentinel` is the shape
+    (N, C, H, W) of the images that the reference convolution takes, where (1, 16, 28, 28) is too
+    small to tell how fast the device is: one whose clock takes half a second to rise, so what is
+    measured runs that long before it counts.
     """
 
     @property

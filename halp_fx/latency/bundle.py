@@ -45,6 +45,7 @@ Progress = Callable[[int, int, str], None]
 _TEMPORARY = ".tmp"  # ending of files that are not whole yet
 _NUMPY_KINDS = "fiub"  # floats, integers, booleans: what numpy has without another package
 _WEIGHTS = "weights.bin"  # of all kernels: what they are has no influence on the time
+_KIND = "signed"  # of the shared numbers; files that share others are not kept
 _LEAST_SHARED = 1024  # bytes; smaller tensors stay in the file, as shapes must
 
 
@@ -156,7 +157,7 @@ def _header() -> dict[str, Any]:
     return {
         "format": MANIFEST_FORMAT,
         "version": VERSION,
-        "made_by": {"halp_fx": __version__, "torch": torch.__version__},
+        "made_by": {"halp_fx": __version__, "torch": torch.__version__, "weights": _KIND},
     }
 
 

@@ -18,6 +18,7 @@ import logging
 import math
 import random
 import statistics
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -54,8 +55,11 @@ _Rounds: TypeAlias = list[tuple[float, float]]  # (ratio to the sentinel, the se
 _MAX_CALLS = 1_000_000  # of a block; a kernel that does nothing would never fill one
 _SURELY = 10  # times the least length of a block, that a short one does not come to by chance
 
-# How libraries say that memory lacks: ONNX Runtime, CUDA and TensorRT, cuBLAS.
-_NO_MEMORY = ("failed to allocate memory", "out of memory", "cublas_status_alloc_failed")
+# How libraries say that memory lacks: ONNX Runtime, CUDA and TensorRT, cuBLAS, C++, PyTorch, numpy.
+_NO_MEMORY = (
+    "failed to allocate memory", "out of memory", "cublas_status_alloc_failed", "bad_alloc",
+    "can't allocate memory", "unable to allocate",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -439,7 +443,9 @@ def _out_of_memory(error: BaseException | None) -> bool:
     """Whether memory that a device lacks led to an error."""
     while error is not None:
         text = str(error).lower()
-        if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _NO_MEMORY):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return True
+        if any(words in text for words in _NO_MEMORY):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -461,7 +467,7 @@ def _network_probe(
 
 def _rises(backend: Backend) -> bool:
     """Whether it measures on a GPU, whose clock takes its time to rise after a pause."""
-    return getattr(backend, "sentinel", SENTINEL) != SENTINEL
+    return tuple(getattr(backend, "sentinel", SENTINEL)) != SENTINEL
 
 
 def _probe(
@@ -479,8 +485,8 @@ def _probe(
         warmed += _block_ms(backend, run, 1)
         if warmed >= _WARM_UP_MS:
             break
-    warmed = 0.0
-    while rise and warmed < _RISE_MS:
+    begun, warmed = time.perf_counter(), 0.0
+    while rise and max(warmed, 1000 * (time.perf_counter() - begun)) < _RISE_MS:
         warmed += max(_block_ms(backend, run, 1), 0.1)
     calls = 1
     while calls < _MAX_CALLS:

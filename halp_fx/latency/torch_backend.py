@@ -213,9 +213,10 @@ def _replay(run: Callable[[], Any], device: torch.device) -> _Replay:
             calls = min(math.ceil(_GRAPH_MS / max(took, 1e-3)), _MOST_RECORDED)
             return once if calls == 1 else _recorded(run, calls, side)
     except RuntimeError as e:
-        cause = e.__context__ or e  # to end a recording that failed, fails too
+        # To end a recording that failed fails too, which says less.
         raise LatencyError(
-            f"the work can't be recorded as a CUDA graph ({cause}): measure with cuda_graphs=False"
+            f"the work can't be recorded as a CUDA graph ({e.__context__ or e}): measure with "
+            "cuda_graphs=False"
         ) from e
 
 

@@ -58,7 +58,7 @@ class GradualPruner:
     At each of `steps` milestones, `every` optimiser steps apart, the channels that matter least by
     the gradients seen since the last one are cut out of the network, of the optimiser's state
     and of averaged copies. After the last milestone the network is within the budget; where
-    latency is measured, `plan.report["met"]` says so.
+    latency is measured, `plan.report` has "met" where the last one cut something.
 
     Args:
         model: a trained network; it is left as it is, and `pruner.model` is what to train. A
@@ -306,10 +306,12 @@ class GradualPruner:
         self._mask.lift()
         if same_widths(self._built, built, present, state["network"]):
             present.load_state_dict(state["network"])
+            built = self._dense.with_sizes(built, present)
             present.meta["halp_fx"] = self._dense.without_network(built)
         else:
             with torch.inference_mode(False), same_random_state():
                 fresh = self._dense.build(built)
+            built = self._dense.with_sizes(built, fresh)
             load_values(fresh, present, state["network"])
             synchronise_like(fresh, present)
             adopt(present, fresh)

@@ -42,8 +42,8 @@ def opened_checkpoints() -> Iterator[None]:
     """
     original = library.checkpoint
     # Most files have the function by a name of their own: from torch.utils.checkpoint import ...
-    _put(_called, original)
     try:
+        _put(_called, original)
         yield
     finally:
         _put(original, _called)  # what was imported meanwhile has it too
@@ -52,8 +52,8 @@ def opened_checkpoints() -> Iterator[None]:
 def _put(new: Callable[..., Any], old: Callable[..., Any]) -> None:
     """One function in place of another in all modules; not in this one, which defines it."""
     for module in list(sys.modules.values()):
-        space = getattr(module, "__dict__", {})
-        if space is globals():
+        space = getattr(module, "__dict__", None)
+        if space is globals() or not isinstance(space, dict):  # not of a class in their place
             continue
         for name, value in list(space.items()):
             if value is old:
