@@ -111,6 +111,24 @@ class Small(Simulated):
 
 
 @dataclass
+class Crowded(Small):
+    """Its memory lacks once kernels are sampled: they take their workspace anew in each call."""
+
+    def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
+        run = Simulated.prepare(self, module, inputs)
+        self.alive.append(weakref.ref(run))
+        return run
+
+    def block_ms(self, run: Callable[[], None], calls: int) -> float:
+        assert isinstance(run, Run)
+        alive = sum(ref() is not None for ref in self.alive)
+        if run.sampled >= 0 and not run.sentinel and alive > 3:
+            self.refused += 1
+            raise RuntimeError("CUDA error: out of memory")
+        return super().block_ms(run, calls)
+
+
+@dataclass
 class Throttled(Simulated):
     """The clock rate falls to a third in the fifth of seven rounds; what takes 5 ms hiccups once.
 
@@ -611,33 +629,10 @@ def jobs_of(*times: float) -> list[Job]:
     return [Job(str(ms), lambda ms=ms: (Fixed(ms), ())) for ms in times]  # type: ignore[misc]
 
 
-def test_what_does_not_fit_together_is_measured_in_parts() -> None:
-    backend, table = Small(), LatencyTable.open(":memory:")
-    measure_jobs(jobs_of(1.0, 2.5, 3.0, 4.0, 5.0), backend, table)
-    assert backend.refused > 0
-    found = {entry.key: entry.timing.median_ms for entry in table.entries()}
-    assert found == {f"{ms}": pytest.approx(ms) for ms in (1.0, 2.5, 3.0, 4.0, 5.0)}
-
-
-def test_memory_that_lacks_while_kernels_are_sampled(table: LatencyTable) -> None:
-    """As of kernels that take their workspace anew in each call."""
-
-    @dataclass
-    class Crowded(Small):
-        def prepare(self, module: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
-            run = Simulated.prepare(self, module, inputs)
-            self.alive.append(weakref.ref(run))
-            return run
-
-        def block_ms(self, run: Callable[[], None], calls: int) -> float:
-            assert isinstance(run, Run)
-            alive = sum(ref() is not None for ref in self.alive)
-            if run.sampled >= 0 and not run.sentinel and alive > 3:
-                self.refused += 1
-                raise RuntimeError("CUDA error: out of memory")
-            return super().block_ms(run, calls)
-
-    backend = Crowded()
+@pytest.mark.parametrize("backend", [Small(), Crowded()], ids=["prepared", "sampled"])
+def test_what_does_not_fit_together_is_measured_in_parts(
+    backend: Small, table: LatencyTable
+) -> None:
     measure_jobs(jobs_of(1.0, 2.5, 3.0, 4.0, 5.0), backend, table)
     assert backend.refused > 0
     found = {entry.key: entry.timing.median_ms for entry in table.entries()}
